@@ -1,0 +1,15 @@
+"""Callbacks, each to be added, taken out or replaced in YAML by its `class_path`."""
+
+from hlbgpt.callbacks.batch_growth import BatchGrowth
+from hlbgpt.callbacks.checkpoint import LastCheckpoint
+from hlbgpt.callbacks.samples import PrintSample
+from hlbgpt.callbacks.time_to_target import TimeToTarget
+from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
+
+__all__ = [
+    "BatchGrowth",
+    "LastCheckpoint",
+    "LossScaledWeightDecay",
+    "PrintSample",
+    "TimeToTarget",
+]

@@ -1,0 +1,195 @@
+"""The LightningDataModule: text and tokenizer in, batches of tokens out."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import lightning as L
+import tiktoken
+import torch
+
+from hlbgpt.data.stream import PADDING, TokenStream, WindowStream
+from hlbgpt.data.text import SPLITS, TextSource
+from hlbgpt.data.tokenfile import TokenFile, build_token_file, token_file_path
+from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
+from hlbgpt.errors import InputError
+from hlbgpt.seeds import run_seed
+
+IGNORE = -1  # target without a loss
+
+_SPLITS_OF_STAGE = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": (),
+    None: SPLITS,
+}
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Tokens of a text in three splits, tokenized once and kept in a cache folder.
+
+    A batch is one (B, T + 1) int64 tensor on the device; in evaluation, targets that fill up
+    short windows are -1.
+
+    Args:
+        source: Where the text comes from: `hlbgpt.data.HubText`, `TextFiles`, `EmbeddedText`, or
+            a class of your own.
+        tokenizer: `gpt2` (50257 tokens) or `bytes` (256 tokens, nothing to download).
+        sequence_length: Predicted tokens in a training window.
+        micro_batch_size: Training windows in a batch, on each device.
+        eval_sequence_length: Predicted tokens in a validation or test window. The benchmark asks
+            for 1024, or the network's context where that is shorter.
+        eval_batch_size: Validation windows in a batch. It changes memory and speed, not the loss.
+        cache_dir: Folder for the token files.
+        seed: Seed of the data order; by default the run's `seed_everything`.
+        prompts: Texts that `predict` continues.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: TokenizerName = "gpt2",
+        sequence_length: int = 1024,
+        micro_batch_size: int = 16,
+        eval_sequence_length: int = 1024,
+        eval_batch_size: int = 16,
+        cache_dir: str = "~/.cache/hlbgpt",
+        seed: int | None = None,
+        prompts: list[str] | str = [],  # noqa: B006 (never changed; the CLI needs a plain default)
+    ) -> None:
+        super().__init__()
+        for name, size in {
+            "sequence_length": sequence_length,
+            "micro_batch_size": micro_batch_size,
+            "eval_sequence_length": eval_sequence_length,
+            "eval_batch_size": eval_batch_size,
+        }.items():
+            if size < 1:
+                raise InputError(f"data.{name}: {size} is less than 1; set it to at least 1")
+        self.source, self.tokenizer = source, tokenizer
+        self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
+        self.eval_sequence_length, self.eval_batch_size = eval_sequence_length, eval_batch_size
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.seed = seed
+        self.prompts = [prompts] if isinstance(prompts, str) else prompts
+        self.files: dict[str, TokenFile] = {}
+
+    @cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        """Loaded when first needed: training from a token file does without."""
+        return load_tokenizer(self.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of the tokenizer's tokens."""
+        return VOCAB_SIZES[self.tokenizer]
+
+    def prepare_data(self) -> None:
+        """Tokenize what the cache does not hold yet, and verify what it holds.
+
+        Raises InputError for text that cannot be read and for token files that cannot be trusted.
+        """
+        stage = self.trainer.state.fn if self.trainer else None
+        for split in self._splits(stage.value if stage else None):
+            path = self._path(split)
+            if not path.exists():
+                build_token_file(path, self.source, split, self.encoding)
+            else:
+                self._open(split).verify()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the token files that `stage` needs. Raises InputError for a text too short."""
+        for split in self._splits(stage):
+            self.files[split] = self._open(split)
+        if stage == "predict" and not self.prompts:
+            raise InputError(
+                "data.prompts: no prompt; give one, as in --data.prompts 'The history of'"
+            )
+        # Streams check what they are given: better now than after the first validation.
+        if "train" in self.files:
+            self._train_stream(rank=0, world_size=self.trainer.world_size if self.trainer else 1)
+        for split in ("validation", "test"):
+            if split in self.files:
+                self._require_window(split)
+
+    def _splits(self, stage: str | None) -> tuple[str, ...]:
+        return _SPLITS_OF_STAGE[stage]
+
+    def _path(self, split: str) -> Path:
+        return token_file_path(self.cache_dir, self.source, split, self.tokenizer)
+
+    def _open(self, split: str) -> TokenFile:
+        file = TokenFile(self._path(split))
+        fingerprint = self.source.fingerprint(split)
+        file.require(tokenizer=self.tokenizer, source=fingerprint, split=split)
+        return file
+
+    def _require_window(self, split: str) -> None:
+        tokens, length = self.files[split].header.tokens, self.eval_sequence_length
+        if tokens <= length:
+            raise InputError(
+                f"data.eval_sequence_length: {length} is longer than the {split} split, which has "
+                f"{tokens} tokens; use a longer text or set it below {tokens}"
+            )
+
+    def _train_stream(self, *, rank: int, world_size: int) -> TokenStream:
+        seed = self.seed if self.seed is not None else run_seed()
+        try:
+            return TokenStream(
+                self.files["train"].tokens,
+                batch_size=self.micro_batch_size,
+                sequence_length=self.sequence_length,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+            )
+        except ValueError as error:
+            raise InputError(
+                f"data.sequence_length, data.micro_batch_size: train split too short: {error}; "
+                "use a longer text or smaller values"
+            ) from error
+
+    def _shares(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def train_dataloader(self) -> TokenStream:
+        return self._train_stream(**self._shares())
+
+    def val_dataloader(self) -> WindowStream:
+        return self._windows("validation")
+
+    def test_dataloader(self) -> WindowStream:
+        return self._windows("test")
+
+    def _windows(self, split: str) -> WindowStream:
+        return WindowStream(
+            self.files[split].tokens,
+            batch_size=self.eval_batch_size,
+            sequence_length=self.eval_sequence_length,
+            **self._shares(),
+        )
+
+    def predict_dataloader(self) -> list[torch.Tensor]:
+        """One (1, t) tensor of tokens a prompt."""
+        return [torch.tensor([self.encoding.encode_ordinary(text)]) for text in self.prompts]
+
+    def transfer_batch_to_device(
+        self, batch: torch.Tensor, device: torch.device, dataloader_idx: int
+    ) -> torch.Tensor:
+        """To the device as uint16, a quarter of the bytes, and to int64 there."""
+        batch = batch.to(device, non_blocking=True).to(torch.int64)
+        return batch.masked_fill_(batch == PADDING, IGNORE) if self._evaluating else batch
+
+    @property
+    def _evaluating(self) -> bool:
+        trainer = self.trainer
+        return trainer is not None and (
+            trainer.validating or trainer.testing or trainer.sanity_checking
+        )
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`; bytes that are not UTF-8 become the replacement character."""
+        return self.encoding.decode(list(tokens))

@@ -1,0 +1,156 @@
+"""The two ways through a token file: at random for training, in order for validation.
+
+Shapes: B windows a batch, T predicted tokens a window. A batch is one (B, T + 1) uint16 tensor:
+`[:, :-1]` are the inputs, `[:, 1:]` the targets.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+# Fills short windows up to T + 1; no tokenizer here has so many tokens.
+PADDING = 0xFFFF
+
+
+class TokenStream:
+    """Training windows at random, without replacement, pass after pass.
+
+    A pass cuts the tokens into windows from a random phase and shuffles them; every window comes
+    once a pass. Batch i is computed from (seed, i) alone, so the state is a few integers. Each of
+    `world_size` ranks takes its own rows of the global batch.
+
+    Args:
+        tokens: (N,) uint16.
+        batch_size: B, windows a batch and rank.
+        sequence_length: T, predicted tokens a window.
+        seed: Determines phases and order.
+        rank: Which share this stream hands out.
+        world_size: Number of shares.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        # Windows that fit from every phase: the first starts at T - 1 at the latest.
+        self.windows_per_pass = max(0, len(tokens) - sequence_length) // sequence_length
+        if self.windows_per_pass < batch_size * world_size:
+            raise ValueError(
+                f"{len(tokens)} tokens hold {self.windows_per_pass} windows of {sequence_length}, "
+                f"fewer than a batch of {batch_size * world_size}"
+            )
+        self._tokens = tokens
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.next_batch = 0
+        self._pass: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Whole batches in a pass."""
+        return self.windows_per_pass // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Batches without end, from where the stream stands; only taking one moves it on."""
+        while True:
+            batch = self.batch(self.next_batch)
+            self.next_batch += 1
+            yield batch
+
+    def batch(self, index: int) -> torch.Tensor:
+        """Batch `index` counted from the start of training: (B, T + 1) uint16."""
+        first = (index * self.world_size + self.rank) * self.batch_size
+        starts = np.array([self._start(i) for i in range(first, first + self.batch_size)])
+        windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.sequence_length + 1)
+        return torch.from_numpy(windows[starts])
+
+    def _start(self, window: int) -> int:
+        """Where window number `window`, counted over all passes, starts in the tokens."""
+        number, place = divmod(window, self.windows_per_pass)
+        if self._pass is None or self._pass[0] != number:
+            self._pass = number, self._pass_starts(number)
+        return int(self._pass[1][place])
+
+    def _pass_starts(self, number: int) -> np.ndarray:
+        """(windows_per_pass,) starts of the windows of a pass, in the order of the pass."""
+        random = np.random.Generator(np.random.PCG64([self.seed, number]))
+        phase = random.integers(self.sequence_length)
+        return phase + self.sequence_length * random.permutation(self.windows_per_pass)
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "tokens": len(self._tokens),
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "world_size": self.world_size,
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next_batch": self.next_batch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken. Raises ValueError if it is of another stream."""
+        for key, value in self._identity().items():
+            if state[key] != value:
+                raise ValueError(
+                    f"the checkpoint's data stream has {key} {state[key]}, this run has {value}; "
+                    "with another stream the order of the data cannot be continued"
+                )
+        self.next_batch = state["next_batch"]
+
+
+class WindowStream:
+    """Every token but the first predicted exactly once, in consecutive windows of T targets.
+
+    The last window may be shorter; it and the last batch are filled up with PADDING, so that all
+    batches have one shape. Ranks take turns, window by window.
+
+    Args:
+        tokens: (N,) uint16, at least two.
+        batch_size: B, windows a batch and rank.
+        sequence_length: T, predicted tokens a window.
+        rank: Which share this stream hands out.
+        world_size: Number of shares.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(tokens) < 2:
+            raise ValueError(f"{len(tokens)} tokens: nothing to predict")
+        self._tokens = tokens
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        self.rank, self.world_size = rank, world_size
+        self._windows = -(-(len(tokens) - 1) // sequence_length)
+
+    def __len__(self) -> int:
+        """Batches, the same number on every rank."""
+        return -(-self._windows // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(len(self)):
+            yield self.batch(index)
+
+    def batch(self, index: int) -> torch.Tensor:
+        """Batch `index`: (B, T + 1) uint16."""
+        batch = np.full((self.batch_size, self.sequence_length + 1), PADDING, dtype=np.uint16)
+        for row in range(self.batch_size):
+            window = (index * self.batch_size + row) * self.world_size + self.rank
+            start = window * self.sequence_length
+            tokens = self._tokens[start : start + self.sequence_length + 1]
+            if window < self._windows:
+                batch[row, : len(tokens)] = tokens
+        return torch.from_numpy(batch)

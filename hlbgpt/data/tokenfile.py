@@ -1,0 +1,191 @@
+"""The token file: uint16 tokens behind a small header, written once, then memory-mapped.
+
+    bytes 0..7       magic and format version
+    bytes 8..4095    the header's fields as JSON, padded with spaces
+    bytes 4096..     the tokens, little-endian uint16
+
+It is written under a temporary name and renamed when whole. Opening it checks magic, version,
+length and what it was made from, at no cost; `verify` reads the tokens and compares the checksum.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from hlbgpt.data.text import TextSource
+from hlbgpt.data.tokenizer import StreamEncoder
+from hlbgpt.errors import InputError
+
+FORMAT_VERSION = 1
+_MAGIC = b"hlbgpt\x00" + bytes([FORMAT_VERSION])
+_HEADER_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a token file says of itself."""
+
+    tokenizer: str
+    vocab_size: int
+    source: str  # the text source's fingerprint
+    split: str
+    tokens: int
+    bytes: int  # UTF-8 bytes of the text
+    crc32: int  # of the tokens as stored
+
+    def pack(self) -> bytes:
+        fields = json.dumps(dataclasses.asdict(self)).encode()
+        if len(fields) > _HEADER_BYTES - len(_MAGIC):
+            raise ValueError(f"header of {len(fields)} bytes does not fit")
+        return (_MAGIC + fields).ljust(_HEADER_BYTES)
+
+
+class TokenFile:
+    """A token file opened for reading.
+
+    Attributes:
+        path: Where it lies.
+        header: Its header.
+        tokens: (N,) uint16, memory-mapped.
+
+    Raises:
+        InputError: it is no token file, of another format version, or not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = _read_header(path)
+        found = path.stat().st_size - _HEADER_BYTES
+        if found != 2 * self.header.tokens:
+            raise InputError(
+                f"{path}: cut short or overwritten: its header promises {self.header.tokens} "
+                f"tokens, the file holds {found // 2}; delete it, and it is built again"
+            )
+        # An empty file cannot be mapped; an empty split is refused elsewhere, with its own words.
+        self.tokens: np.ndarray = (
+            np.memmap(path, dtype="<u2", mode="r", offset=_HEADER_BYTES)
+            if found
+            else np.empty(0, dtype="<u2")
+        )
+
+    def require(self, *, tokenizer: str, source: str, split: str) -> None:
+        """Raise InputError unless the file was made from exactly these."""
+        wanted = {"tokenizer": tokenizer, "split": split, "source": source}
+        for field, value in wanted.items():
+            if (found := getattr(self.header, field)) != value:
+                raise InputError(
+                    f"{self.path}: made with {field} {found!r}, but this run asks for {value!r}; "
+                    "delete it, and it is built again"
+                )
+
+    def verify(self) -> None:
+        """Raise InputError unless the tokens match the header's checksum (about 2 GB/s)."""
+        if zlib.crc32(self.tokens) != self.header.crc32:
+            raise InputError(
+                f"{self.path}: the tokens do not match the checksum in the header, so the file was "
+                "damaged; delete it, and it is built again"
+            )
+
+
+def _read_header(path: Path) -> Header:
+    with path.open("rb") as file:
+        block = file.read(_HEADER_BYTES)
+    magic, fields = block[: len(_MAGIC)], block[len(_MAGIC) :]
+    if magic[:-1] != _MAGIC[:-1]:
+        raise InputError(f"{path}: not a token file of hlbgpt; delete it or move it away")
+    if magic != _MAGIC:
+        raise InputError(
+            f"{path}: token file of format {magic[-1:].hex()}, this version reads "
+            f"{FORMAT_VERSION:02x}; delete it, and it is built again"
+        )
+    try:
+        return Header(**json.loads(fields))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: its header is damaged; delete it, and it is built again"
+        ) from error
+
+
+def token_file_path(cache: Path, source: TextSource, split: str, tokenizer: str) -> Path:
+    """Where the token file lies: the name changes with the text, the tokenizer and the format."""
+    key = f"{FORMAT_VERSION}|{tokenizer}|{source.fingerprint(split)}"
+    return cache / f"{split}-{tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.tokens"
+
+
+def build_token_file(
+    path: Path, source: TextSource, split: str, encoding: tiktoken.Encoding
+) -> TokenFile:
+    """Tokenize one split of `source` into `path` in bounded memory, with a progress bar.
+
+    Raises:
+        InputError: the text is empty or not readable, or the file cannot be written.
+    """
+    fingerprint = source.fingerprint(split)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(bytes(_HEADER_BYTES))
+            crc = tokens = size = 0
+            pieces = _with_progress(source, split)
+            for encoded, text_bytes in StreamEncoder(encoding).encode(pieces):
+                file.write(encoded)
+                crc = zlib.crc32(encoded, crc)
+                tokens += len(encoded) // 2
+                size += text_bytes
+            if tokens == 0:
+                raise InputError(f"data.source: the {split} split is empty; name a text with words")
+            header = Header(
+                encoding.name, encoding.n_vocab, fingerprint, split, tokens, size, crc
+            )
+            file.seek(0)
+            file.write(header.pack())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"data.cache_dir: cannot write {str(path)!r}: {error.strerror or error}; "
+            "set data.cache_dir to a folder with room"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return TokenFile(path)
+
+
+def _with_progress(source: TextSource, split: str) -> Iterable[str]:
+    """The text of `split`, with a bar that shows MB, MB/s and the time left on a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+
+    def pieces() -> Iterator[str]:
+        with Progress(*columns) as progress:
+            task = progress.add_task(f"tokenizing {split}", total=source.size(split))
+            done = 0
+            for piece in source.chunks(split):
+                yield piece
+                done += len(piece.encode("utf-8"))
+                progress.update(task, completed=done)
+            progress.update(task, completed=done, total=done)
+
+    return pieces()

@@ -1,0 +1,118 @@
+"""The seed's GPT: the network of hlb-gpt 0.1.0 (github.com/tysam-code/hlb-gpt, main.py).
+
+What sets it apart from GPT-2: no biases anywhere, LayerNorms with a weight only, exact GELU, and
+vocabulary 50304 in place of 50257. Positions are learned, the output matrix is the embedding.
+
+Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlbgpt.errors import InputError
+from hlbgpt.models.head import TokenScores, score
+
+
+class GPT(nn.Module):
+    """A pre-norm decoder with learned positions and tied embeddings.
+
+    Args:
+        vocab_size: V, at least the tokenizer's; a multiple of 64 is faster on a GPU.
+        max_sequence_length: Longest sequence it can read; it learns so many positions.
+        width: D, of the residual stream.
+        num_heads: H, attention heads of D / H each.
+        num_blocks: Blocks, each attention, then an MLP of width 4 D.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 50304,
+        max_sequence_length: int = 256,
+        width: int = 384,
+        num_heads: int = 6,
+        num_blocks: int = 6,
+    ) -> None:
+        super().__init__()
+        for name, size in {
+            "vocab_size": vocab_size,
+            "max_sequence_length": max_sequence_length,
+            "width": width,
+            "num_heads": num_heads,
+            "num_blocks": num_blocks,
+        }.items():
+            if size < 1:
+                raise InputError(f"model.net {name}: {size} is less than 1; set it to at least 1")
+        if width % num_heads:
+            raise InputError(
+                f"model.net width: {width} is not divisible by num_heads {num_heads}; "
+                "change one of them"
+            )
+        self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(max_sequence_length, width)
+        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Normal 0.02; what writes to the residual stream divided by sqrt(2 x blocks), as GPT-2."""
+        residual = 0.02 / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = residual if name.endswith("project.weight") else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
+    ) -> Tensor | TokenScores:
+        """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T) what `head.score` returns."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens) + self.position(positions)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.embedding.weight)  # (B, T, V)
+        return logits if targets is None else score(logits, targets, per_token=per_token)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, num_heads)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.expand = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
+            for part in self.expand(self.norm(x)).chunk(3, dim=-1)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.project(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.project = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(F.gelu(self.expand(self.norm(x))))

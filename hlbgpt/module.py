@@ -1,0 +1,298 @@
+"""The LightningModule: steps, compilation, optimizer, and what is logged."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from hlbgpt.clock import Stopwatch, synchronize
+from hlbgpt.data import TokenDataModule
+from hlbgpt.errors import InputError
+from hlbgpt.generate import Generation, generate
+from hlbgpt.optim import parameter_groups
+
+_SPLIT_OF_PREFIX = {"val": "validation", "test": "test"}
+
+
+class LanguageModule(L.LightningModule):
+    """Trains a network on batches of tokens and measures it.
+
+    Args:
+        net: The network (see `hlbgpt.models` for what it takes and returns).
+        optimizer: Optimizer, given the parameter groups of `hlbgpt.optim`.
+        lr_scheduler: Learning-rate schedule, stepped once an optimizer step; none by default.
+        compile: Whether to run the network through `torch.compile`.
+        generation: How `predict` continues a prompt.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        compile: bool = True,
+        generation: Generation = Generation(),  # noqa: B008 (never changed)
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.compile_net, self.generation = compile, generation
+        # In double precision, so that the sum does not depend on how it is cut into batches.
+        self.eval_loss = MeanMetric().set_dtype(torch.float64)
+        self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
+        self.compile_seconds = 0.0
+        self.tokens_seen = 0  # on all devices
+        # Micro-batches of a step, for callbacks to set between steps. Lightning ends a step where
+        # the batch's number is a multiple of `accumulate_grad_batches`, which cannot express a
+        # number that changes, nor a last step of a pass that is shorter than the others. So this
+        # module sets that attribute to the number at which the step is to end.
+        self.micro_batches = 1
+        self._step_size = self._step_end = 0
+        self._losses: list[Tensor] = []  # of the step's micro-batches, on the device
+        self._logged_at = (0.0, 0)  # when throughput was last logged: seconds, tokens
+
+    # --- set-up -------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> TokenDataModule:
+        """The run's datamodule."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TokenDataModule):
+            raise InputError(
+                f"datamodule: {type(data).__name__} given; LanguageModule needs a TokenDataModule"
+            )
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Raise InputError where network and data do not fit."""
+        self.micro_batches = self.trainer.accumulate_grad_batches
+        vocab_size = getattr(self.net, "vocab_size", None)
+        if vocab_size is not None and vocab_size < self.data.vocab_size:
+            raise InputError(
+                f"model.net vocab_size: {vocab_size} is less than the {self.data.vocab_size} "
+                f"tokens of data.tokenizer {self.data.tokenizer}; raise it"
+            )
+        longest = getattr(self.net, "max_sequence_length", None)
+        if longest is None:
+            return
+        keys = {"fit": ["sequence_length"], "predict": []}.get(stage, [])
+        keys += [] if stage == "predict" else ["eval_sequence_length"]
+        for key in keys:
+            if (length := getattr(self.data, key)) > longest:
+                raise InputError(
+                    f"data.{key}: {length} is longer than the network's context "
+                    f"(max_sequence_length {longest}); lower it or give the network more"
+                )
+
+    def configure_model(self) -> None:
+        """Compile in place, which leaves the names in checkpoints as they are."""
+        generating = self.trainer.predicting
+        if self.compile_net and not generating and self.net._compiled_call_impl is None:
+            self.net.compile()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(parameter_groups(self.net))
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
+        if planned is not None and not 0 < steps <= planned:
+            raise InputError(
+                f"trainer.max_steps: {steps} steps asked for, but the learning-rate schedule ends "
+                f"at total_steps {planned}; set both to the same number"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        train, data = self.data.files["train"].header, self.data
+        step = data.micro_batch_size * data.sequence_length * self.trainer.world_size
+        parameters = sum(parameter.numel() for parameter in self.net.parameters())
+        self.print(
+            f"{type(self.net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} "
+            f"tokens ({train.tokenizer}); micro-batch: {step:,} tokens; {self.trainer.precision}"
+        )
+        if self.compile_net:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile before the clock runs: each shape of a batch once, on dummy tokens.
+
+        No optimizer step is made, gradients are dropped and the random state is restored, so
+        training starts as it would have without.
+        """
+        watch, data = Stopwatch(), self.data
+        watch.start()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
+            tokens = _dummy(data.micro_batch_size, data.sequence_length, self.device)
+            self.net.train()
+            loss = self.net(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            self.net.zero_grad(set_to_none=True)
+            tokens = _dummy(data.eval_batch_size, data.eval_sequence_length, self.device)
+            self.net.eval()
+            with torch.no_grad():
+                self._scores(tokens)
+            self.net.train()
+        synchronize(self.device)
+        watch.stop()
+        self.compile_seconds += watch.seconds
+
+    # --- training -----------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        self.trainer.accumulate_grad_batches = self.micro_batches
+        self._restart_throughput()
+
+    def on_train_epoch_start(self) -> None:
+        self.micro_batches = self.trainer.accumulate_grad_batches
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.accumulate_grad_batches = self.micro_batches
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 0 or batch_idx >= self._step_end:
+            left = int(self.trainer.num_training_batches) - batch_idx
+            self._step_size = min(self.micro_batches, left)
+            self._step_end = batch_idx + self._step_size
+            self._losses = []
+            self.trainer.accumulate_grad_batches = self._step_end
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.net(batch[:, :-1], batch[:, 1:])
+        self._losses.append(loss.detach())
+        self.tokens_seen += (batch.numel() - len(batch)) * self.trainer.world_size
+        # Lightning divides by accumulate_grad_batches, which here is where the step ends.
+        return loss * (self.trainer.accumulate_grad_batches / self._step_size)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then drop the gradients.
+
+        Lightning drops them where the batch's number is a multiple of `accumulate_grad_batches`,
+        which this module uses in its own way (see `micro_batches`).
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        call._call_callback_hooks(self.trainer, "on_before_zero_grad", optimizer)
+        optimizer.zero_grad()
+
+    @property
+    def step_loss(self) -> Tensor:
+        """Mean loss of the step's micro-batches so far, in nats; a scalar on the device."""
+        return torch.stack(self._losses).mean()
+
+    def grad_norm(self) -> Tensor:
+        """Norm of all gradients taken as one vector; a scalar on the device."""
+        return get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log, but only every `trainer.log_every_n_steps` steps: every value costs time."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        values: dict[str, Any] = {
+            "train_loss": self.step_loss,
+            "grad_norm": self.grad_norm(),
+            "tokens_seen": float(self.tokens_seen),
+            "micro_batches_per_step": float(self._step_size),
+        }
+        for group in optimizer.param_groups:
+            values[f"lr/{group.get('name', 'all')}"] = group["lr"]
+        if rate := self._throughput():
+            values["tokens_per_second"] = rate
+        self.log_dict(values)
+
+    def _throughput(self) -> float:
+        """Training tokens a second since it was last asked for, validation not counted."""
+        (then, tokens), now = self._logged_at, time.monotonic()
+        self._restart_throughput()
+        return (self.tokens_seen - tokens) / (now - then) if now > then else 0.0
+
+    def _restart_throughput(self) -> None:
+        self._logged_at = time.monotonic(), self.tokens_seen
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.require_matching(checkpoint, "the checkpoint")
+        self.tokens_seen = checkpoint["tokens_seen"]
+
+    def require_matching(self, checkpoint: dict[str, Any], name: str) -> None:
+        """Raise InputError unless `checkpoint` holds the weights of this network."""
+        theirs = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+        ours = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key):
+                raise InputError(
+                    f"ckpt_path: {name} is of another network: {key} is {theirs.get(key, 'missing')}"
+                    f" there and {ours.get(key, 'missing')} here; use the config of its run"
+                )
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._measure(batch)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._measure(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def on_validation_end(self) -> None:
+        self._restart_throughput()
+
+    def _scores(self, batch: Tensor) -> Any:
+        return self.net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)
+
+    def _measure(self, batch: Tensor) -> None:
+        scores, counted = self._scores(batch), batch[:, 1:] >= 0
+        self.eval_loss.update(scores.loss.double(), counted)
+        self.eval_accuracy.update(scores.correct.double(), counted)
+
+    def _log_evaluation(self, prefix: str) -> None:
+        """Log loss, perplexity, bits per byte and accuracy of the whole split."""
+        loss, accuracy = self.eval_loss.compute(), self.eval_accuracy.compute()
+        self.eval_loss.reset()
+        self.eval_accuracy.reset()
+        split = self.data.files[_SPLIT_OF_PREFIX[prefix]].header
+        bits = loss * (split.tokens - 1) / math.log(2) / split.bytes
+        values = {"perplexity": loss.exp(), "bits_per_byte": bits, "accuracy": accuracy}
+        self.log(f"{prefix}_loss", loss, prog_bar=True)
+        self.log_dict({f"{prefix}_{name}": value for name, value in values.items()})
+
+    # --- generation ---------------------------------------------------------------------------
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> str:
+        """Continue one prompt; prints the text and returns it."""
+        text = self.continue_text(batch)
+        self.print(f"{text}\n")
+        return text
+
+    def continue_text(self, prompt: Tensor) -> str:
+        """`prompt` (1, t) and its continuation as text."""
+        tokens = generate(self.net, prompt, self.generation, vocab_size=self.data.vocab_size)
+        return self.data.decode(tokens[0].tolist())
+
+
+def _dummy(rows: int, length: int, device: torch.device) -> Tensor:
+    return torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
