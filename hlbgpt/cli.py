@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -110,7 +111,8 @@ class CLI(LightningCLI):
             folder = Path(self.trainer.log_dir)
             print(f"run folder: {folder}")
             if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
-                print(f"curves: tensorboard --logdir {_RUNS if _RUNS in folder.parents else folder}")
+                logs = _RUNS if _RUNS in folder.parents else folder
+                print(f"curves: tensorboard --logdir {logs}")
             checkpoint = folder / "checkpoints" / "last.ckpt"
             if checkpoint.is_file():
                 print(f"text: hlbgpt predict --ckpt_path {checkpoint} --data.prompts 'The '")
@@ -152,6 +154,13 @@ def _claim_folder(parent: Path) -> Path:
             return folder
 
 
+def _drop_folder_without_steps() -> None:
+    """Remove the run's folder when the run ended before it trained."""
+    folder = Path(os.environ.get("HLBGPT_RUN_FOLDER", ""))
+    if folder.name and "LOCAL_RANK" not in os.environ and not (folder / "checkpoints").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _require_accelerator(name: Any) -> None:
     if name in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError(
@@ -170,7 +179,7 @@ def _load_checkpoint(path: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"ckpt_path: {path!r} is no checkpoint that can be loaded safely") from error
+        raise InputError(f"ckpt_path: {path!r} is no checkpoint that loads as data only") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise InputError(f"ckpt_path: {path!r} is no checkpoint of hlbgpt: it has no state_dict")
     return checkpoint
@@ -216,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         CLI()
     except (InputError, MisconfigurationException) as error:
+        _drop_folder_without_steps()
         if os.environ.get("HLBGPT_TRACEBACK"):
             raise
         sys.stderr.write(f"hlbgpt: error: {_one_line(error)}\n")

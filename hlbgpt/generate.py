@@ -5,6 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from hlbgpt.errors import InputError
+
 
 @dataclasses.dataclass
 class Generation:
@@ -21,6 +23,11 @@ class Generation:
     temperature: float = 0.8
     top_k: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "temperature", "top_k"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"model.generation.{name}: {value} is negative; use 0 or more")
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class LanguageModule(L.LightningModule):
         net: nn.Module,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        compile: bool = True,
+        compile: bool = True,  # noqa: A002
         generation: Generation = Generation(),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__()
@@ -112,7 +112,8 @@ class LanguageModule(L.LightningModule):
                 f"trainer.max_steps: {steps} steps asked for, but the learning-rate schedule ends "
                 f"at total_steps {planned}; set both to the same number"
             )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        stepped = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": stepped}
 
     def on_fit_start(self) -> None:
         train, data = self.data.files["train"].header, self.data
@@ -235,13 +236,16 @@ class LanguageModule(L.LightningModule):
 
     def require_matching(self, checkpoint: dict[str, Any], name: str) -> None:
         """Raise InputError unless `checkpoint` holds the weights of this network."""
-        theirs = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
-        ours = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        theirs, ours = (
+            {key: tuple(value.shape) for key, value in state.items()}
+            for state in (checkpoint["state_dict"], self.state_dict())
+        )
         for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key):
+            there, here = theirs.get(key, "missing"), ours.get(key, "missing")
+            if there != here:
                 raise InputError(
-                    f"ckpt_path: {name} is of another network: {key} is {theirs.get(key, 'missing')}"
-                    f" there and {ours.get(key, 'missing')} here; use the config of its run"
+                    f"ckpt_path: {name} is of another network: {key} is {there} there and {here} "
+                    "here; use the config of its run"
                 )
 
     # --- evaluation ---------------------------------------------------------------------------
@@ -275,7 +279,7 @@ class LanguageModule(L.LightningModule):
         self.eval_loss.reset()
         self.eval_accuracy.reset()
         split = self.data.files[_SPLIT_OF_PREFIX[prefix]].header
-        bits = loss * (split.tokens - 1) / math.log(2) / split.bytes
+        bits = loss * (split.tokens - 1) / math.log(2) / split.text_bytes
         values = {"perplexity": loss.exp(), "bits_per_byte": bits, "accuracy": accuracy}
         self.log(f"{prefix}_loss", loss, prog_bar=True)
         self.log_dict({f"{prefix}_{name}": value for name, value in values.items()})

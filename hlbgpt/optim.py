@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-# The first rule that fits a parameter's name and dimensions decides.
-_GROUPS: tuple[tuple[str, Callable[[str, nn.Parameter], bool]], ...] = (
-    ("block_matrices", lambda name, p: p.ndim >= 2 and name.startswith("blocks.")),
-    ("embeddings", lambda _, p: p.ndim >= 2),  # input, positions and output
-    ("vectors", lambda _, p: p.ndim < 2),  # norms, biases, scalars
+# Name, settings of its own, and which parameters: the first rule that fits decides.
+_GROUPS: tuple[tuple[str, dict[str, Any], Callable[[str, nn.Parameter], bool]], ...] = (
+    ("block_matrices", {}, lambda name, p: p.ndim >= 2 and name.startswith("blocks.")),
+    ("embeddings", {"weight_decay": 0.0}, lambda _, p: p.ndim >= 2),  # input, positions, output
+    ("vectors", {"weight_decay": 0.0}, lambda _, p: p.ndim < 2),  # norms, biases, scalars
 )
 
 
@@ -20,11 +20,10 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     are left out.
     """
     groups: dict[str, dict[str, Any]] = {
-        name: {"params": [], "name": name, **({} if name == "block_matrices" else {"weight_decay": 0.0})}
-        for name, _ in _GROUPS
+        name: {"params": [], "name": name, **settings} for name, settings, _ in _GROUPS
     }
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            group = next(group for group, fits in _GROUPS if fits(name, parameter))
+            group = next(group for group, _, fits in _GROUPS if fits(name, parameter))
             groups[group]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]

@@ -126,7 +126,7 @@ class TimeToTarget(L.Callback):
     # --- the record ---------------------------------------------------------------------------
 
     def record(self, trainer: L.Trainer, pl_module: LanguageModule) -> dict[str, Any]:
-        """The figures of the run as it stands; `value` is the last monitored one, at `value_step`."""
+        """The figures as they stand; `value` is the last one monitored, at `value_step`."""
         value, value_step = self._values[-1] if self._values else (None, None)
         config = Path(trainer.log_dir or ".") / "config.yaml"
         device = pl_module.device
@@ -221,7 +221,7 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 def _git_revision() -> str | None:
-    """The commit this code runs from, `-dirty` behind it if files differ; None out of a checkout."""
+    """The commit of this code, with `-dirty` if files differ; None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str | None:

@@ -7,7 +7,7 @@ from hlbgpt.module import LanguageModule
 
 
 class LossScaledWeightDecay(L.Callback):
-    """Decoupled weight decay of the block matrices with strength `strength` / loss² (hlb-gpt 0.1.0).
+    """Decoupled weight decay of block matrices with strength `strength` / loss² (hlb-gpt 0.1.0).
 
     Computed on the device: a strength set in the optimizer would have to be a number on the host.
     Give the optimizer itself `weight_decay: 0`.

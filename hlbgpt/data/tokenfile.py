@@ -45,7 +45,7 @@ class Header:
     source: str  # the text source's fingerprint
     split: str
     tokens: int
-    bytes: int  # UTF-8 bytes of the text
+    text_bytes: int  # in UTF-8
     crc32: int  # of the tokens as stored
 
     def pack(self) -> bytes:
@@ -135,37 +135,46 @@ def build_token_file(
     Raises:
         InputError: the text is empty or not readable, or the file cannot be written.
     """
-    fingerprint = source.fingerprint(split)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(bytes(_HEADER_BYTES))
-            crc = tokens = size = 0
-            pieces = _with_progress(source, split)
-            for encoded, text_bytes in StreamEncoder(encoding).encode(pieces):
-                file.write(encoded)
-                crc = zlib.crc32(encoded, crc)
-                tokens += len(encoded) // 2
-                size += text_bytes
-            if tokens == 0:
-                raise InputError(f"data.source: the {split} split is empty; name a text with words")
-            header = Header(
-                encoding.name, encoding.n_vocab, fingerprint, split, tokens, size, crc
-            )
-            file.seek(0)
-            file.write(header.pack())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            _write(temporary, source, split, encoding)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(
-            f"data.cache_dir: cannot write {str(path)!r}: {error.strerror or error}; "
-            "set data.cache_dir to a folder with room"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        where = error.filename or path
+        key = "cache_dir" if Path(where).parent in (path.parent, *path.parent.parents) else "source"
+        hint = "; set data.cache_dir to a folder with room" if key == "cache_dir" else ""
+        raise InputError(f"data.{key}: {where}: {error.strerror or error}{hint}") from error
     return TokenFile(path)
+
+
+def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encoding) -> None:
+    crc = tokens = size = 0
+    with path.open("wb") as file:
+        file.write(bytes(_HEADER_BYTES))
+        for encoded, text_bytes in StreamEncoder(encoding).encode(_with_progress(source, split)):
+            file.write(encoded)
+            crc = zlib.crc32(encoded, crc)
+            tokens += len(encoded) // 2
+            size += text_bytes
+        if tokens == 0:
+            raise InputError(f"data.source: the {split} split is empty; name a text with words")
+        header = Header(
+            tokenizer=encoding.name,
+            vocab_size=encoding.n_vocab,
+            source=source.fingerprint(split),
+            split=split,
+            tokens=tokens,
+            text_bytes=size,
+            crc32=crc,
+        )
+        file.seek(0)
+        file.write(header.pack())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _with_progress(source: TextSource, split: str) -> Iterable[str]:

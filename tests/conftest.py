@@ -1,0 +1,103 @@
+"""Shared fixtures: a small real text, the command line in this process, and the optional data."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import tiktoken
+
+from hlbgpt.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+# A network and a text small enough to train a few steps in a blink; laid over any config.
+TINY = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+    "--model.compile=false",
+    "--model.net.init_args.vocab_size=256",
+    "--model.net.init_args.max_sequence_length=32",
+    "--model.net.init_args.width=16",
+    "--model.net.init_args.num_heads=2",
+    "--model.net.init_args.num_blocks=2",
+    "--model.generation.max_new_tokens=8",
+    "--data.tokenizer=bytes",
+    "--data.sequence_length=32",
+    "--data.micro_batch_size=4",
+    "--data.eval_sequence_length=32",
+    "--data.eval_batch_size=16",
+]
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Some 200 kB of English: Python's language reference, which every installation carries."""
+    return "\n \n".join(topics[name] for name in sorted(topics))[:200_000]
+
+
+@pytest.fixture(scope="session")
+def folder(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in WikiText's layout."""
+    folder = tmp_path_factory.mktemp("text")
+    for split, part in {
+        "train": text[:150_000],
+        "valid": text[150_000:155_000],
+        "test": text[155_000:160_000],
+    }.items():
+        (folder / f"wiki.{split}.raw").write_bytes(part.encode())
+    return folder
+
+
+@pytest.fixture
+def tiny(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that make any config small, on the small text, with a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    source = [
+        "--data.source=hlbgpt.data.TextFiles",
+        f"--data.source.folder={folder}",
+        f"--data.cache_dir={cache}",
+    ]
+    return [*source, *TINY]
+
+
+@pytest.fixture
+def hlbgpt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a command line in this process, in an empty folder; returns what it printed.
+
+    A non-zero exit raises SystemExit, and `capfd` holds what was printed.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hlbgpt"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments: str | Path) -> str:
+        for name in ("HLBGPT_RUN_FOLDER", "PL_GLOBAL_SEED"):
+            monkeypatch.delenv(name, raising=False)
+        capfd.readouterr()
+        main([str(argument) for argument in arguments])
+        return capfd.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> tiktoken.Encoding:
+    """The GPT-2 tokenizer, where its files are at hand."""
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: the GPT-2 files would have to be downloaded")
+    return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Real WikiText and Wikipedia text, where it is at hand."""
+    if not (where := os.environ.get("HLBGPT_TEST_DATA")):
+        pytest.skip("HLBGPT_TEST_DATA is not set: no WikiText files to test with")
+    return Path(where)

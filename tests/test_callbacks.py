@@ -1,0 +1,252 @@
+"""The callbacks: the clock and its record, the growing batch, the weight decay."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_module import make, trainer
+
+from hlbgpt.callbacks import BatchGrowth, LastCheckpoint, LossScaledWeightDecay, TimeToTarget
+from hlbgpt.callbacks.time_to_target import _git_revision
+from hlbgpt.clock import Stopwatch, process_seconds
+from hlbgpt.errors import InputError
+
+
+def fit(
+    folder: Path, tmp_path: Path, *callbacks: L.Callback, lr: float = 0.5, **arguments: Any
+) -> Any:
+    """Train a small network with a validation every 2 batches; returns trainer and module."""
+    module, data = make(folder, tmp_path, lr=lr, eval_batch_size=64)
+    arguments = {
+        "max_steps": 8,
+        "limit_val_batches": 1.0,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 1,
+        "callbacks": list(callbacks),
+    } | arguments
+    ckpt_path = arguments.pop("ckpt_path", None)
+    run = trainer(tmp_path, **arguments)
+    run.fit(module, data, ckpt_path=ckpt_path)
+    return run, module
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())
+
+
+# --- TimeToTarget -----------------------------------------------------------------------------
+
+
+def test_stops_at_the_validation_that_meets_the_target(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, module = fit(folder, tmp_path, TimeToTarget(target=5.45))
+    record = read_record(tmp_path)
+    assert record["reached"] is True
+    assert record["monitor"] == "val_loss"
+    assert record["value"] <= record["target"] == 5.45
+    assert run.global_step == record["step"] == record["value_step"] < 8
+    assert record["step"] % 2 == 0
+    assert record["tokens"] == module.tokens_seen == record["step"] * 4 * 32
+    assert record["parameters"] == sum(p.numel() for p in module.net.parameters())
+    assert record["torch"] == torch.__version__
+    assert record["lightning"] == L.__version__
+    assert "cpu" in record["device"]
+    assert record["peak_memory_bytes"] > 1e6
+    assert 0 < record["train_seconds"] < record["wall_seconds"]
+    out = capsys.readouterr().out
+    assert out.count("target met: val_loss") == 1
+    assert "NOT met" not in out
+
+
+def test_says_honestly_that_the_target_was_not_met(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(folder, tmp_path, TimeToTarget(target=0.1), max_steps=7)
+    record = read_record(tmp_path)
+    assert record["reached"] is False
+    assert (record["step"], record["value_step"]) == (7, 6)
+    out = capsys.readouterr().out
+    assert out.count("target NOT met: val_loss") == 1
+    assert out.count("step ") == 4  # a line for each of three validations, and the last one
+
+
+def test_a_target_to_rise_to(folder: Path, tmp_path: Path) -> None:
+    fit(folder, tmp_path, TimeToTarget("val_accuracy", target=1e-9, mode="max"))
+    assert read_record(tmp_path)["step"] == 2
+
+
+def test_a_metric_that_is_not_logged_is_named_before_training(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no metric .val_los. is logged; choose one of.* val_l"):
+        fit(folder, tmp_path, TimeToTarget("val_los"))
+    assert not (tmp_path / "record.json").exists()
+
+
+class Sleeper(L.Callback):
+    """Sleeps 0.2 s in each training batch, 0.3 s in each validation and its sanity check."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(0.2)
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        time.sleep(0.3)
+
+
+def test_each_second_lands_in_its_own_clock(folder: Path, tmp_path: Path) -> None:
+    """Sleeps far longer than the work between them; only lower bounds, so load does no harm."""
+    clock = TimeToTarget(target=0.1)
+    _, module = fit(folder, tmp_path, Sleeper(), clock, max_steps=4)
+    record = read_record(tmp_path)
+    batches = math.ceil((5000 - 1) / 32 / 64)
+    assert record["train_seconds"] >= 4 * 0.2
+    assert record["validation_seconds"] >= 2 * batches * 0.3
+    # The sanity check, one batch, is in neither.
+    both = record["train_seconds"] + record["validation_seconds"]
+    assert record["wall_seconds"] >= both + 0.3
+    assert record["compile_seconds"] == module.compile_seconds == 0
+
+
+def test_clocks_go_on_after_a_restart(folder: Path, tmp_path: Path) -> None:
+    before = {
+        "train_seconds": 1000.0,
+        "validation_seconds": 200.0,
+        "compile_seconds": 30.0,
+        "wall_seconds": 5000.0,
+    }
+    clock = TimeToTarget(target=0.1)
+    clock.load_state_dict(before)
+    fit(folder, tmp_path, clock, max_steps=2)
+    record = read_record(tmp_path)
+    for name, seconds in before.items():
+        assert seconds <= record[name] < seconds + 500
+    assert record["wall_seconds"] > before["wall_seconds"]
+
+
+def test_tokens_and_clock_come_back_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    fit(folder, tmp_path, TimeToTarget(target=0.1), LastCheckpoint(), max_steps=4)
+    first = read_record(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    clock = TimeToTarget(target=0.1)
+    fit(folder, tmp_path, clock, max_steps=6, ckpt_path=checkpoint)
+    second = read_record(tmp_path)
+    assert (second["step"], second["tokens"]) == (6, 6 * 4 * 32)
+    assert second["train_seconds"] > first["train_seconds"]
+
+
+def test_resumed_training_equals_uninterrupted_training(folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, steps in {"whole": [6], "parts": [4, 6]}.items():
+        place = tmp_path / name
+        path: Path | None = None
+        for end in steps:
+            callbacks = [LastCheckpoint(), BatchGrowth(rate=0.5)]
+            _, module = fit(
+                folder,
+                tmp_path,
+                *callbacks,
+                max_steps=end,
+                default_root_dir=place,
+                ckpt_path=path,
+            )
+            path = place / "checkpoints" / "last.ckpt"
+        weights.append((module.tokens_seen, torch.cat([p.flatten() for p in module.parameters()])))
+    assert weights[0][0] == weights[1][0] > 6 * 4 * 32
+    assert torch.equal(weights[0][1], weights[1][1])
+
+
+def test_revision_of_this_checkout() -> None:
+    revision = _git_revision()
+    assert revision is None or len(revision.removesuffix("-dirty")) == 40
+
+
+def test_stopwatch_adds_laps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch = Stopwatch(offset=5.0)
+    now = 107.0
+    assert watch.seconds == 5.0
+    assert not watch.running
+    watch.start()
+    now = 110.0
+    watch.start()  # running already: no second start
+    assert watch.seconds == 8.0
+    now = 111.0
+    watch.stop()
+    watch.stop()
+    now = 200.0
+    assert watch.seconds == 9.0
+
+
+def test_process_seconds_counts_from_the_birth_of_the_process() -> None:
+    before = process_seconds()
+    time.sleep(0.05)
+    after = process_seconds()
+    assert 0.05 <= after - before < 30
+    assert before > time.process_time() / (torch.get_num_threads() + 8)
+
+
+# --- BatchGrowth ------------------------------------------------------------------------------
+
+
+@given(
+    norms=st.lists(st.floats(0.01, 10), min_size=1, max_size=60),
+    coins=st.lists(st.floats(0, 1, exclude_max=True), min_size=60, max_size=60),
+)
+def test_batch_growth_follows_its_formula(norms: list[float], coins: list[float]) -> None:
+    growth = BatchGrowth()
+    average, n, k = 1.2, 1.0, 1
+    for g, coin in zip(norms, coins, strict=False):
+        growth.update(g, coin=coin)
+        average = 0.95 * average + 0.05 * g
+        n = max(1.0, n + k * 5e-2 * (3e-2 - (average - g)))
+        k = int(n) + (1 if coin < n % 1 else 0)
+        assert growth.micro_batches == k >= 1
+        assert growth.estimate == pytest.approx(n)
+
+
+def test_batch_growth_sets_the_micro_batches_of_the_next_step(folder: Path, tmp_path: Path) -> None:
+    growth, sizes = BatchGrowth(rate=2.0), []
+
+    class Sizes(L.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if pl_module.tokens_seen:
+                sizes.append(pl_module.tokens_seen // (4 * 32))
+
+    fit(folder, tmp_path, growth, Sizes(), lr=0.1, max_steps=12)
+    steps = [after - before for before, after in zip([0, *sizes], sizes, strict=False)]
+    steps = [step for step in steps if step]
+    assert len(steps) == 12
+    assert steps[0] == 1
+    assert max(steps) > 1
+
+
+# --- LossScaledWeightDecay --------------------------------------------------------------------
+
+
+def test_weight_decay_of_block_matrices_only(folder: Path, tmp_path: Path) -> None:
+    """With no gradient step, weights shrink by 1 - lr * strength / loss² and nothing else does."""
+
+    class NoGradient(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.loss = pl_module.step_loss.item()
+            for parameter in pl_module.parameters():
+                parameter.grad.zero_()
+
+    still = NoGradient()
+    before = dict(make(folder, tmp_path)[0].net.named_parameters())
+    _, module = fit(
+        folder, tmp_path, still, LossScaledWeightDecay(strength=20.0), lr=0.5, max_steps=1
+    )
+    keep = 1 - 0.5 * 20.0 / still.loss**2
+    assert 0 < keep < 0.9
+    for name, parameter in module.net.named_parameters():
+        matrix = name.startswith("blocks.") and parameter.ndim == 2
+        torch.testing.assert_close(parameter, before[name] * (keep if matrix else 1.0))

@@ -1,0 +1,340 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS
+
+from hlbgpt.data.tokenfile import TokenFile
+
+QUICKSTART = ["--config", str(CONFIGS / "quickstart.yaml")]
+LAST = Path("runs/quickstart/version_0/checkpoints/last.ckpt")
+
+
+def error_of(run: Callable[..., str], capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, captured.err
+    assert captured.err.splitlines()[-1] == lines[0]
+    assert lines[0].startswith("hlbgpt: error: ")
+    assert "val_loss" not in captured.out  # no training before it
+    return lines[0]
+
+
+# --- runs and their folders -------------------------------------------------------------------
+
+
+def test_a_second_fit_neither_dies_nor_overwrites(hlbgpt, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    out = hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.max_steps=2")
+    assert "run folder: runs/quickstart/version_1" in out
+    assert "tensorboard --logdir runs" in out
+    assert {path: path.read_bytes() for path in before} == before
+    first, second = (
+        json.loads(Path(f"runs/quickstart/version_{i}/record.json").read_text()) for i in (0, 1)
+    )
+    assert (first["step"], second["step"]) == (4, 2)
+    assert first["config"] == "runs/quickstart/version_0/config.yaml"
+    assert first["seed"] == 0
+
+
+@pytest.mark.parametrize("logger", ["false", "CSVLogger"])
+def test_other_loggers_keep_their_hands_off_earlier_runs(hlbgpt, tiny, logger: str) -> None:
+    extra = [f"--trainer.logger={logger}"]
+    if logger == "CSVLogger":
+        extra.append("--trainer.logger.save_dir=csv")
+    for _ in range(2):
+        hlbgpt("fit", *QUICKSTART, *tiny, *extra)
+    assert len(list(Path().rglob("record.json"))) == 2
+    assert len(list(Path().rglob("config.yaml"))) == 2
+
+
+def test_the_same_seed_gives_the_same_run(hlbgpt, tiny: list[str]) -> None:
+    def value(*extra: str) -> float:
+        hlbgpt("fit", *QUICKSTART, *tiny, *extra)
+        newest = max(Path("runs/quickstart").iterdir(), key=lambda path: int(path.name[8:]))
+        return json.loads((newest / "record.json").read_text())["value"]
+
+    first = value()
+    assert value() == first
+    assert value("--seed_everything=1") != first
+
+
+def test_nothing_is_kept_of_a_fast_dev_run(hlbgpt, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.fast_dev_run=true")
+    assert list(Path().rglob("*.ckpt")) == list(Path().rglob("record.json")) == []
+
+
+def test_checkpoints_can_be_switched_off(hlbgpt, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.enable_checkpointing=false")
+    assert list(Path().rglob("*.ckpt")) == []
+
+
+def test_training_from_a_token_file_does_not_import_datasets(tiny, tmp_path: Path) -> None:
+    code = (
+        "import sys; from hlbgpt.cli import main; main(); "
+        "assert 'datasets' not in sys.modules and 'pyarrow' not in sys.modules"
+    )
+    for _ in range(2):
+        command = [sys.executable, "-c", code, "fit", *QUICKSTART, *tiny]
+        subprocess.run(command, check=True, cwd=tmp_path)
+
+
+# --- after training ---------------------------------------------------------------------------
+
+
+def test_validate_test_and_predict_from_a_checkpoint(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    record = json.loads(Path("runs/quickstart/version_0/record.json").read_text())
+
+    # The settings of the checkpoint's run are found beside it.
+    from_checkpoint = ["--ckpt_path", str(LAST)]
+    out = hlbgpt("validate", *from_checkpoint)
+    assert f"{record['value']:.6f}"[:7] in out
+    assert hlbgpt("validate", *QUICKSTART, *tiny, *from_checkpoint) == out
+    assert "test_loss" in (first := hlbgpt("test", *from_checkpoint))
+    assert hlbgpt("test", *from_checkpoint) == first
+
+    prompts = ["--data.prompts", '["The history of", "x ="]']
+    text = hlbgpt("predict", *from_checkpoint, *prompts)
+    assert text.startswith("The history of")
+    assert "\nx =" in text
+    assert hlbgpt("predict", *from_checkpoint, *prompts) == text
+    assert hlbgpt("predict", *from_checkpoint, *prompts, "--model.generation.seed=7") != text
+    one = hlbgpt("predict", *from_checkpoint, "--data.prompts", "The history of")
+    assert one.strip() == text[: text.index("\n\nx =")].strip()
+    assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]
+
+
+def test_resume_goes_on_in_a_folder_of_its_own(hlbgpt, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.max_steps=6", "--ckpt_path", str(LAST))
+    record = json.loads(Path("runs/quickstart/version_1/record.json").read_text())
+    assert (record["step"], record["tokens"]) == (6, 6 * 4 * 32)
+    hlbgpt("fit", "--trainer.max_steps=5", "--ckpt_path", str(LAST))
+    assert Path("runs/quickstart/version_2/record.json").is_file()
+
+
+def test_checkpoints_hold_data_only_and_clean_names(hlbgpt, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    checkpoint = torch.load(LAST, weights_only=True)
+    assert not any("_orig_mod" in key for key in checkpoint["state_dict"])
+    assert "net.embedding.weight" in checkpoint["state_dict"]
+    assert "sequence_length: 32" in checkpoint["hlbgpt_config"]
+
+
+# --- callbacks swapped in ---------------------------------------------------------------------
+
+MINE = """
+import lightning as L
+
+class CountSteps(L.Callback):
+    '''Counts.
+
+    Args:
+        word: What to say.
+    '''
+
+    def __init__(self, word: str = "steps") -> None:
+        self.word, self.count = word, 0
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.count += 1
+
+    def on_train_end(self, trainer, pl_module):
+        print(f"{self.word}: {trainer.global_step}")
+"""
+
+
+def test_callbacks_from_the_command_line(hlbgpt, tiny: list[str]) -> None:
+    Path("mine.py").write_text(MINE)
+    out = hlbgpt(
+        "fit",
+        *QUICKSTART,
+        *tiny,
+        "--trainer.callbacks+=LearningRateMonitor",
+        "--trainer.callbacks.logging_interval=step",
+        "--trainer.callbacks+=mine.CountSteps",
+        "--trainer.callbacks.word=counted",
+    )
+    assert "counted: 4" in out
+    assert "sample of the trained network" in out  # those of the config are still there
+    assert "target NOT met" in out
+    config = Path("runs/quickstart/version_0/config.yaml").read_text()
+    assert "LearningRateMonitor" in config
+    assert "mine.CountSteps" in config
+
+
+def test_callbacks_from_yaml(hlbgpt, tiny: list[str]) -> None:
+    Path("mine.py").write_text(MINE)
+    Path("more.yaml").write_text(
+        "trainer:\n  callbacks+:\n  - class_path: mine.CountSteps\n"
+        "  - class_path: EarlyStopping\n    init_args:\n      monitor: val_loss\n"
+        "      patience: 0\n      min_delta: 10.0\n"
+    )
+    out = hlbgpt("fit", *QUICKSTART, "--config", "more.yaml", *tiny, "--trainer.max_steps=40")
+    assert "steps: 4" in out  # stopped early
+    assert "runs/more/version_0" in out
+    assert "sample of the trained network" in out
+
+
+def test_parts_are_swapped_by_class_path(hlbgpt, tiny: list[str]) -> None:
+    Path("mine.py").write_text(
+        "from hlbgpt.models import GPT\n\nclass Wider(GPT):\n"
+        "    def __init__(self, factor: int = 2, width: int = 16, **kwargs) -> None:\n"
+        "        super().__init__(width=width * factor, **kwargs)\n"
+    )
+    hlbgpt(
+        "fit",
+        *QUICKSTART,
+        *[argument for argument in tiny if "model.net" not in argument],
+        "--model.net=mine.Wider",
+        "--model.net.init_args.vocab_size=256",
+        "--model.net.init_args.max_sequence_length=32",
+        "--model.net.init_args.num_heads=2",
+        "--model.net.init_args.num_blocks=1",
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.init_args.lr=0.1",
+        "--model.lr_scheduler=torch.optim.lr_scheduler.ConstantLR",
+    )
+    checkpoint = torch.load(LAST, weights_only=True)
+    assert checkpoint["state_dict"]["net.embedding.weight"].shape == (256, 32)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["name"] == "block_matrices"
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.widht=3"], "widht"),
+        (["--model.net.init_args.widht=3"], "widht"),
+        (["--data.tokenizer=gpt5"], "data.tokenizer"),
+        (["--trainer.max_steps=many"], "trainer.max_steps"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--data.source.folder=/nowhere"], "data.source.folder: no folder '/nowhere'"),
+        (["--data.sequence_length=200000"], "data.sequence_length"),
+        (["--data.sequence_length=64"], "data.sequence_length: 64 is longer than the network's"),
+        (["--data.sequence_length=0"], "data.sequence_length: 0 is less than 1"),
+        (["--data.micro_batch_size=100000"], "data.micro_batch_size"),
+        (["--data.eval_sequence_length=64"], "data.eval_sequence_length: 64 is longer than the"),
+        (["--model.net.init_args.width=15"], "width: 15 is not divisible by num_heads 2"),
+        (["--model.net.init_args.vocab_size=100"], "vocab_size: 100 is less than the 256"),
+        (["--model.net=hlbgpt.models.Nothing"], "hlbgpt.models.Nothing"),
+        (["--trainer.max_steps=100000"], "trainer.max_steps: 100000 steps asked for"),
+        (["--trainer.accelerator=gpu"], "trainer.accelerator: 'gpu' asked for"),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path: no file 'nowhere.ckpt'"),
+        (["--time_to_target.monitor=val_los"], "no metric 'val_los'"),
+        (["--model.generation.temperature=-1"], "temperature: -1"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU to be missing")
+def test_bad_input_is_one_line_before_training(
+    hlbgpt, tiny: list[str], capfd, extra: list[str], message: str
+) -> None:
+    assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, *extra)
+    assert not list(Path().glob("runs/*/*")), "an empty run folder was left behind"
+
+
+def test_no_config_and_no_command(hlbgpt, capfd) -> None:
+    assert "model.net" in error_of(hlbgpt, capfd, "fit")
+    assert "train" in error_of(hlbgpt, capfd, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "the train split is empty"),
+        (b"too short", "train split too short: 9 tokens"),
+        (b"\xff\xfe\x00", "wiki.train.raw: not UTF-8 text at byte 0"),
+    ],
+)
+def test_bad_text_is_one_line(hlbgpt, tiny, capfd, tmp_path: Path, text: bytes, message: str):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.raw").write_bytes(text)
+    extra = f"--data.source.folder={tmp_path}"
+    assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, extra)
+
+
+def test_damaged_token_files_are_one_line(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    cache = next(argument.split("=")[1] for argument in tiny if "cache_dir" in argument)
+    (path,) = Path(cache).glob("train-*.tokens")
+    whole = path.read_bytes()
+
+    def message() -> str:
+        return error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
+
+    path.write_bytes(whole[:-100])
+    assert f"{path}: cut short" in message()
+    path.write_bytes(whole[:-1] + b"\x7f")
+    assert f"{path}: the tokens do not match the checksum" in message()
+    path.write_bytes(whole.replace(b'"tokenizer": "bytes"', b'"tokenizer": "gpt2 "', 1))
+    assert f"{path}: made with tokenizer 'gpt2 ', but this run asks for 'bytes'" in message()
+    path.write_bytes(whole)
+    assert TokenFile(path).header.tokenizer == "bytes"
+    hlbgpt("fit", *QUICKSTART, *tiny)
+
+
+def test_foreign_checkpoints_are_one_line(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    for command in ("fit", "validate", "predict"):
+        wider = "--model.net.init_args.width=32"
+        arguments = [command, *QUICKSTART, *tiny, wider, f"--ckpt_path={LAST}"]
+        message = error_of(hlbgpt, capfd, *arguments)
+        assert "is of another network: net.blocks.0.attention.expand.weight is (48, 16)" in message
+    Path("text.ckpt").write_text("not a checkpoint")
+    arguments = ["validate", *QUICKSTART, *tiny, "--ckpt_path=text.ckpt"]
+    assert "'text.ckpt' is no checkpoint" in error_of(hlbgpt, capfd, *arguments)
+    torch.save([1, 2], "list.ckpt")
+    arguments[-1] = "--ckpt_path=list.ckpt"
+    assert "has no state_dict" in error_of(hlbgpt, capfd, *arguments)
+
+
+def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path: Path) -> None:
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"state_dict": {}, "extra": Malice()}, "evil.ckpt")
+    for command in ("fit", "predict"):
+        arguments = [command, *QUICKSTART, *tiny, "--ckpt_path=evil.ckpt"]
+        assert "no checkpoint that loads as data only" in error_of(hlbgpt, capfd, *arguments)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_prompts_are_asked_for(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    assert "data.prompts: no prompt" in error_of(hlbgpt, capfd, "predict", f"--ckpt_path={LAST}")
+
+
+# --- help -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_every_option_is_explained(hlbgpt, capfd, command: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        hlbgpt(command, "--help")
+    assert stop.value.code == 0
+    out = " ".join(capfd.readouterr().out.split())
+    for text in (
+        "--time_to_target.target TARGET Value at which the run stops.",
+        "--data.cache_dir CACHE_DIR Folder for the token files.",
+        "--data.prompts",
+        "--model.compile {true,false} Whether to run the network through",
+        "--checkpoint.after_validation",
+    ):
+        assert text in out

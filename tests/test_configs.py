@@ -1,0 +1,38 @@
+"""Every shipped config is parsed, instantiated and run for a few steps."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_runs(config: Path, hlbgpt, tiny: list[str]) -> None:
+    out = hlbgpt("fit", "--config", config, *tiny)
+    assert "target NOT met" in out
+    folder = Path("runs") / config.stem / "version_0"
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "record.json", "checkpoints"}
+    events = EventAccumulator(str(folder)).Reload()
+    logged = set(events.Tags()["scalars"])
+    assert logged >= {
+        "train_loss",
+        "val_loss",
+        "val_perplexity",
+        "val_bits_per_byte",
+        "val_accuracy",
+        "lr/block_matrices",
+        "grad_norm",
+        "tokens_seen",
+        "tokens_per_second",
+        "micro_batches_per_step",
+        "time_to_target/train_seconds",
+        "time_to_target/reached",
+    }
+    losses = events.Scalars("val_loss")
+    assert all(math.isfinite(point.value) for point in losses)
+    assert losses[-1].value < losses[0].value < math.log(256) + 0.5
+    assert len(events.Scalars("time_to_target/train_seconds")) == 1
+    steps = [point.step for point in events.Scalars("train_loss")]
+    assert steps == sorted(set(steps))

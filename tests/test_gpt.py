@@ -1,0 +1,113 @@
+"""The seed's network: its size, its initial values, and its mathematics."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlbgpt.errors import InputError
+from hlbgpt.models import GPT, score
+
+
+def small() -> GPT:
+    torch.manual_seed(0)
+    return GPT(vocab_size=64, max_sequence_length=16, width=24, num_heads=3, num_blocks=2)
+
+
+def reference(net: GPT, tokens: Tensor) -> Tensor:
+    """The network from torch's own attention with a mask, as the seed wrote it."""
+    width, length = net.embedding.embedding_dim, tokens.shape[1]
+    x = net.embedding.weight[tokens] + net.position.weight[:length]
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for block in net.blocks:
+        attention = nn.MultiheadAttention(
+            width, block.attention.num_heads, bias=False, batch_first=True
+        )
+        attention.in_proj_weight = block.attention.expand.weight
+        attention.out_proj.weight = block.attention.project.weight
+        y = F.layer_norm(x, (width,), block.attention.norm.weight)
+        x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
+        y = F.layer_norm(x, (width,), block.mlp.norm.weight)
+        hidden = y @ block.mlp.expand.weight.T
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + hidden @ block.mlp.project.weight.T
+    return F.layer_norm(x, (width,), net.norm.weight) @ net.embedding.weight.T
+
+
+def test_equals_the_reference() -> None:
+    net = small()
+    for parameter in net.parameters():  # far from the start, where much is near zero
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(64, (3, 11))
+    torch.testing.assert_close(net(tokens), reference(net, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_no_output_depends_on_a_later_token() -> None:
+    net, tokens = small(), torch.randint(64, (1, 16))
+    before = net(tokens)
+    for place in range(16):
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % 64
+        after = net(changed)
+        torch.testing.assert_close(after[0, :place], before[0, :place])
+        assert not torch.allclose(after[0, place], before[0, place])
+
+
+def test_size_of_the_seed() -> None:
+    with torch.device("meta"):
+        net = GPT()
+    total = sum(parameter.numel() for parameter in net.parameters())
+    assert total - net.position.weight.numel() == 29_938_560  # 29.94M, as its README has it
+    assert net.embedding.weight.numel() == 50304 * 384
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    net = GPT(vocab_size=512, width=96, num_heads=2, num_blocks=3)
+    for name, parameter in net.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.ones(96))
+        else:
+            expected = 0.02 / math.sqrt(6) if "project" in name else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+    assert not any("bias" in name for name, _ in net.named_parameters())
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    net, tokens = small(), torch.randint(64, (4, 17))
+    loss = net(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(64), abs=0.1)
+
+
+def test_scores_equal_the_mean_loss() -> None:
+    net, tokens = small(), torch.randint(64, (4, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[2, 5:] = -1
+    scores = net(inputs, targets, per_token=True)
+    kept = targets >= 0
+    torch.testing.assert_close(scores.loss[kept].mean(), net(inputs, targets))
+    assert scores.loss[~kept].eq(0).all()
+    assert not scores.correct[~kept].any()
+    logits = net(inputs)
+    assert torch.equal(scores.correct[kept], (logits.argmax(-1) == targets)[kept])
+    assert scores.loss.shape == scores.correct.shape == targets.shape
+
+
+def test_score_of_low_precision_logits_is_float32() -> None:
+    logits, targets = torch.randn(2, 3, 5).bfloat16(), torch.randint(5, (2, 3))
+    assert score(logits, targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"width": 100, "num_heads": 6}, "width: 100 is not divisible by num_heads 6"),
+        ({"num_blocks": 0}, "num_blocks: 0 is less than 1"),
+        ({"vocab_size": -5}, "vocab_size: -5 is less than 1"),
+    ],
+)
+def test_impossible_sizes_are_named(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GPT(**arguments)
