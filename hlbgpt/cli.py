@@ -68,37 +68,41 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(TimeToTarget, "time_to_target")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from the checkpoint; what is typed is what runs."""
+
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
         _require_accelerator(trainer.accelerator)
         _require_checkpoint(self.config[self.subcommand].get("ckpt_path"))
+        if self.subcommand != "fit":
+            self.save_config_callback = None
         if trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        if trainer.enable_progress_bar is None:
-            trainer.enable_progress_bar = sys.stdout.isatty()
-        if self.subcommand == "fit":
-            self._give_folder(trainer)
-        elif trainer.logger is None:
-            trainer.logger = False
 
-    def _give_folder(self, trainer: Any) -> None:
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Fill in what the config leaves open, without writing it into the saved config."""
+        settings = self.config_init[self.subcommand].trainer
+        if settings.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        if self.subcommand != "fit":
+            kwargs.setdefault("logger", settings.logger or False)
+        elif settings.default_root_dir is None and not settings.fast_dev_run:
+            kwargs |= self._new_folder(settings.logger)
+        return super().instantiate_trainer(**kwargs)
+
+    def _new_folder(self, logger: Any) -> dict[str, Any]:
         """Let the run log to runs/<config name>/version_N, a folder that no other run has."""
-        if trainer.default_root_dir is not None or trainer.fast_dev_run:
-            return
         folder = _claim_folder(_RUNS / _config_name(self.config[self.subcommand].get("config")))
-        trainer.default_root_dir = str(folder)
-        if trainer.logger in (None, True):
-            arguments = {
-                "save_dir": str(folder.parents[1]),
-                "name": folder.parent.name,
-                "version": folder.name,
-                "default_hp_metric": False,
-            }
-            trainer.logger = {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": arguments,
-            }
-            self.config = self.parser.parse_object(self.config)
+        found: dict[str, Any] = {"default_root_dir": str(folder)}
+        if logger in (None, True):
+            found["logger"] = TensorBoardLogger(
+                save_dir=folder.parents[1],
+                name=folder.parent.name,
+                version=folder.name,
+                default_hp_metric=False,
+            )
+        return found
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

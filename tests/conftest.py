@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -68,7 +68,7 @@ def tiny(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def hlbgpt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+) -> Iterator[Callable[..., str]]:
     """Run a command line in this process, in an empty folder; returns what it printed.
 
     A non-zero exit raises SystemExit, and `capfd` holds what was printed.
@@ -84,7 +84,10 @@ def hlbgpt(
         main([str(argument) for argument in arguments])
         return capfd.readouterr().out
 
-    return run
+    yield run
+    for name, module in list(sys.modules.items()):  # so that the next test's `mine.py` is read
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

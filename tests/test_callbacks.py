@@ -147,7 +147,7 @@ def test_resumed_training_equals_uninterrupted_training(folder: Path, tmp_path: 
         place = tmp_path / name
         path: Path | None = None
         for end in steps:
-            callbacks = [LastCheckpoint(), BatchGrowth(rate=0.5)]
+            callbacks = [LastCheckpoint(), BatchGrowth(rate=4.0)]
             _, module = fit(
                 folder,
                 tmp_path,

@@ -104,6 +104,7 @@ def test_validate_test_and_predict_from_a_checkpoint(hlbgpt, tiny: list[str], ca
     out = hlbgpt("validate", *from_checkpoint)
     assert f"{record['value']:.6f}"[:7] in out
     assert hlbgpt("validate", *QUICKSTART, *tiny, *from_checkpoint) == out
+    hlbgpt("test", *from_checkpoint)  # builds the token file of the test split
     assert "test_loss" in (first := hlbgpt("test", *from_checkpoint))
     assert hlbgpt("test", *from_checkpoint) == first
 
@@ -203,6 +204,7 @@ def test_parts_are_swapped_by_class_path(hlbgpt, tiny: list[str]) -> None:
         "--model.net=mine.Wider",
         "--model.net.init_args.vocab_size=256",
         "--model.net.init_args.max_sequence_length=32",
+        "--model.net.init_args.width=16",
         "--model.net.init_args.num_heads=2",
         "--model.net.init_args.num_blocks=1",
         "--model.optimizer=torch.optim.SGD",
@@ -255,16 +257,16 @@ def test_no_config_and_no_command(hlbgpt, capfd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
         (b"", "the train split is empty"),
         (b"too short", "train split too short: 9 tokens"),
         (b"\xff\xfe\x00", "wiki.train.raw: not UTF-8 text at byte 0"),
     ],
 )
-def test_bad_text_is_one_line(hlbgpt, tiny, capfd, tmp_path: Path, text: bytes, message: str):
+def test_bad_text_is_one_line(hlbgpt, tiny, capfd, tmp_path: Path, content: bytes, message: str):
     for split in ("train", "valid", "test"):
-        (tmp_path / f"wiki.{split}.raw").write_bytes(text)
+        (tmp_path / f"wiki.{split}.raw").write_bytes(content)
     extra = f"--data.source.folder={tmp_path}"
     assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, extra)
 
@@ -338,3 +340,24 @@ def test_every_option_is_explained(hlbgpt, capfd, command: str) -> None:
         "--checkpoint.after_validation",
     ):
         assert text in out
+
+
+# --- more than one process --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(tiny: list[str], tmp_path: Path) -> None:
+    """Each takes its share of training and validation; one folder, one record, the same loss."""
+
+    def record(*extra: str) -> dict:
+        command = [sys.executable, "-m", "hlbgpt", "fit", *QUICKSTART, *tiny, *extra]
+        subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+        newest = max((tmp_path / "runs" / "quickstart").iterdir(), key=lambda path: path.name)
+        return json.loads((newest / "record.json").read_text())
+
+    one = record("--data.micro_batch_size=8")
+    two = record("--trainer.devices=2", "--trainer.strategy=ddp")
+    assert [path.name for path in (tmp_path / "runs/quickstart").iterdir()].__len__() == 2
+    assert two["devices"] == 2
+    assert (two["step"], two["tokens"]) == (one["step"], one["tokens"])
+    assert two["value"] == pytest.approx(one["value"], abs=1e-3)

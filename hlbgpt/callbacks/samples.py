@@ -20,7 +20,7 @@ class PrintSample(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         if not trainer.is_global_zero:
             return
-        prompt = torch.tensor([pl_module.data.encoding.encode_ordinary(self.prompt)])
+        prompt = torch.tensor([pl_module.data.encode(self.prompt)])
         with trainer.precision_plugin.forward_context():
             text = pl_module.continue_text(prompt.to(pl_module.device))
         rule = "-" * 80

@@ -8,7 +8,7 @@ import lightning as L
 import tiktoken
 import torch
 
-from hlbgpt.data.stream import PADDING, TokenStream, WindowStream
+from hlbgpt.data.stream import PADDING, PromptStream, TokenStream, WindowStream
 from hlbgpt.data.text import SPLITS, TextSource
 from hlbgpt.data.tokenfile import TokenFile, build_token_file, token_file_path
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
@@ -172,9 +172,8 @@ class TokenDataModule(L.LightningDataModule):
             **self._shares(),
         )
 
-    def predict_dataloader(self) -> list[torch.Tensor]:
-        """One (1, t) tensor of tokens a prompt."""
-        return [torch.tensor([self.encoding.encode_ordinary(text)]) for text in self.prompts]
+    def predict_dataloader(self) -> PromptStream:
+        return PromptStream([self.encode(text) for text in self.prompts])
 
     def transfer_batch_to_device(
         self, batch: torch.Tensor, device: torch.device, dataloader_idx: int
@@ -189,6 +188,10 @@ class TokenDataModule(L.LightningDataModule):
         return trainer is not None and (
             trainer.validating or trainer.testing or trainer.sanity_checking
         )
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`."""
+        return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bytes that are not UTF-8 become the replacement character."""

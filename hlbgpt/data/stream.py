@@ -1,4 +1,4 @@
-"""The two ways through a token file: at random for training, in order for validation.
+"""Two ways through a token file, at random for training and in order for validation; prompts.
 
 Shapes: B windows a batch, T predicted tokens a window. A batch is one (B, T + 1) uint16 tensor:
 `[:, :-1]` are the inputs, `[:, 1:]` the targets.
@@ -154,3 +154,21 @@ class WindowStream:
             if window < self._windows:
                 batch[row, : len(tokens)] = tokens
         return torch.from_numpy(batch)
+
+
+class PromptStream:
+    """Prompts, one after the other, each as (1, t) int64.
+
+    Args:
+        prompts: The tokens of each.
+    """
+
+    def __init__(self, prompts: list[list[int]]) -> None:
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for prompt in self._prompts:
+            yield torch.tensor([prompt])

@@ -1,0 +1,64 @@
+"""Every command and example of the README works; CI runs the two that set everything up."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import CONFIGS, TINY
+
+README = (CONFIGS.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+SETUP = [line for line in COMMANDS if "venv" in line]
+
+
+def test_every_block_is_known() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
+    assert all(line.startswith(("hlbgpt ", "tensorboard ")) or line in SETUP for line in COMMANDS)
+    assert "<!-- quickstart -->\n```bash\n" + SETUP[0] in README
+    assert "<!-- tests -->\n```bash\n" + SETUP[1] in README
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    assert all((CONFIGS.parent / link).is_file() for link in links)
+
+
+def small(arguments: list[str], sources: list[str]) -> list[str]:
+    """The arguments with everything made small that they do not set themselves."""
+    if "--ckpt_path" in arguments:
+        return [*arguments, "--trainer.max_steps=6"] if arguments[0] == "fit" else arguments
+    extra = sources if "--data.source" not in arguments else sources[-1:]
+    given = " ".join(arguments)
+    dropped = "model.net." if "--model.net " in given else "nothing"
+    return [*arguments, *extra, *[argument for argument in TINY if dropped not in argument]]
+
+
+def test_commands_in_the_order_of_the_readme(hlbgpt, tiny: list[str], folder: Path) -> None:
+    Path("configs").symlink_to(CONFIGS)
+    for name, split in {"train": "train", "validation": "valid", "test": "test"}.items():
+        Path(f"{name}.txt").write_bytes((folder / f"wiki.{split}.raw").read_bytes())
+    for language, block in BLOCKS:
+        if language != "bash":
+            name = block.splitlines()[0].removeprefix("# ")
+            Path(name).write_text(block)
+    hlbgpt("fit", "--config", "configs/quickstart.yaml", *tiny)
+    for line in COMMANDS:
+        if line in SETUP:
+            continue
+        program, *arguments = shlex.split(line.replace("FOLDER", str(folder)))
+        if program == "tensorboard":
+            command = [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]
+            shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            assert "val_loss" in shown
+            continue
+        out = hlbgpt(*small(arguments, tiny[:3]))
+        if "SayHello" in line or "more.yaml" in line:
+            assert "hello, reader" in out
+        if arguments[0] == "fit":
+            assert "target NOT met" in out, line
+        if arguments[0] == "predict":
+            assert out.startswith(("Return the ", "If ")), line
