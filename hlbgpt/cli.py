@@ -1,5 +1,6 @@
 """The command line: `hlbgpt fit|validate|test|predict`, from LightningCLI."""
 
+import contextlib
 import logging
 import os
 import pickle
@@ -19,6 +20,7 @@ from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
+from hlbgpt.folders import last_checkpoint, run_folder
 from hlbgpt.module import LanguageModule
 
 CONFIG_IN_CHECKPOINT = "hlbgpt_config"
@@ -111,14 +113,12 @@ class CLI(LightningCLI):
         return kwargs
 
     def after_fit(self) -> None:
-        if self.trainer.is_global_zero and self.trainer.log_dir and not self.trainer.fast_dev_run:
-            folder = Path(self.trainer.log_dir)
+        if self.trainer.is_global_zero and (folder := run_folder(self.trainer)):
             print(f"run folder: {folder}")
             if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
                 logs = _RUNS if _RUNS in folder.parents else folder
                 print(f"curves: tensorboard --logdir {logs}")
-            checkpoint = folder / "checkpoints" / "last.ckpt"
-            if checkpoint.is_file():
+            if (checkpoint := last_checkpoint(folder)).is_file():
                 print(f"text: hlbgpt predict --ckpt_path {checkpoint} --data.prompts 'The '")
 
 
@@ -163,6 +163,9 @@ def _drop_folder_without_steps() -> None:
     folder = Path(os.environ.get("HLBGPT_RUN_FOLDER", ""))
     if folder.name and "LOCAL_RANK" not in os.environ and not (folder / "checkpoints").exists():
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other runs are in it
+            folder.parent.rmdir()
+            folder.parents[1].rmdir()
 
 
 def _require_accelerator(name: Any) -> None:

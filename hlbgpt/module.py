@@ -112,8 +112,10 @@ class LanguageModule(L.LightningModule):
                 f"trainer.max_steps: {steps} steps asked for, but the learning-rate schedule ends "
                 f"at total_steps {planned}; set both to the same number"
             )
-        stepped = {"scheduler": scheduler, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": stepped}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_fit_start(self) -> None:
         train, data = self.data.files["train"].header, self.data
@@ -204,7 +206,8 @@ class LanguageModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log, but only every `trainer.log_every_n_steps` steps: every value costs time."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % interval:
             return
         values: dict[str, Any] = {
             "train_loss": self.step_loss,

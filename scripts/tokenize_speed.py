@@ -1,6 +1,6 @@
 """Tokenize a text file and print MB/s on one core and the peak memory of the process.
 
-    python scripts/tokenize_speed.py wiki.train.raw
+python scripts/tokenize_speed.py wiki.train.raw
 """
 
 import argparse

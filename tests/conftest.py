@@ -8,8 +8,13 @@ from pydoc_data.topics import topics
 
 import pytest
 import tiktoken
+from hypothesis import settings
 
 from hlbgpt.cli import main
+
+# Machines are shared: a slow example is no bug.
+settings.register_profile("hlbgpt", deadline=None)
+settings.load_profile("hlbgpt")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

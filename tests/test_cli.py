@@ -248,7 +248,7 @@ def test_bad_input_is_one_line_before_training(
     hlbgpt, tiny: list[str], capfd, extra: list[str], message: str
 ) -> None:
     assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, *extra)
-    assert not list(Path().glob("runs/*/*")), "an empty run folder was left behind"
+    assert not Path("runs").exists(), "an empty run folder was left behind"
 
 
 def test_no_config_and_no_command(hlbgpt, capfd) -> None:

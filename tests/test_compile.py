@@ -16,6 +16,7 @@ ARGUMENTS = [
     str(CONFIGS / "baseline.yaml"),
     "--trainer.precision=bf16-mixed",
     "--trainer.max_steps=30",
+    "--model.lr_scheduler.init_args.total_steps=30",
     "--trainer.val_check_interval=30",
     "--time_to_target.target=0",
 ]

@@ -25,7 +25,7 @@ def stream(
     )
 
 
-sizes = st.tuples(st.integers(60, 500), st.integers(1, 7), st.integers(1, 4), st.integers(0, 9))
+sizes = st.tuples(st.integers(120, 500), st.integers(1, 7), st.integers(1, 4), st.integers(0, 9))
 
 
 @given(sizes)

@@ -24,7 +24,7 @@ def gpt2_pattern() -> tiktoken.Encoding:
     merges = [bytes(pair) for pair in itertools.product(b" \n\tabthels1'.", repeat=2)]
     for merge in [*merges, b" \n\n", b"  \n", b" the", b"the", b"'ll", "é".encode()]:
         ranks.setdefault(merge, len(ranks))
-    from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[attr-defined]
+    from tiktoken_ext.openai_public import r50k_pat_str
 
     return tiktoken.Encoding(
         "like-gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}

@@ -1,9 +1,9 @@
 """The run's checkpoint."""
 
-from pathlib import Path
-
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+
+from hlbgpt.folders import last_checkpoint, run_folder
 
 
 class LastCheckpoint(Checkpoint):
@@ -29,8 +29,8 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run
-        if fitting and trainer.log_dir is not None and self._saved_at != trainer.global_step:
-            path = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)  # the optimizer's state too
+        folder = run_folder(trainer)
+        if folder and trainer.state.fn == "fit" and self._saved_at != trainer.global_step:
+            # With the optimizer's state.
+            trainer.save_checkpoint(last_checkpoint(folder), weights_only=False)
             self._saved_at = trainer.global_step

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from hlbgpt.clock import Stopwatch, process_seconds, synchronize
 from hlbgpt.errors import InputError
+from hlbgpt.folders import run_folder
 from hlbgpt.module import LanguageModule
 from hlbgpt.seeds import run_seed
 
@@ -128,7 +129,8 @@ class TimeToTarget(L.Callback):
     def record(self, trainer: L.Trainer, pl_module: LanguageModule) -> dict[str, Any]:
         """The figures as they stand; `value` is the last one monitored, at `value_step`."""
         value, value_step = self._values[-1] if self._values else (None, None)
-        config = Path(trainer.log_dir or ".") / "config.yaml"
+        folder = run_folder(trainer)
+        config = folder / "config.yaml" if folder else None
         device = pl_module.device
         return {
             "reached": self._reached,
@@ -148,18 +150,19 @@ class TimeToTarget(L.Callback):
             "torch": torch.__version__,
             "lightning": L.__version__,
             "git_revision": _git_revision(),
-            "config": str(config) if config.is_file() else None,
+            "config": str(config) if config and config.is_file() else None,
         }
 
     def _publish(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Print, log and write the record."""
         record = self.record(trainer, pl_module)
         pl_module.print(_summary(record))
-        if trainer.log_dir is None or trainer.fast_dev_run or not trainer.is_global_zero:
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
             return
         _log_figures(trainer, record)
-        path = Path(trainer.log_dir) / "record.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "record.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=2) + "\n")
         temporary.replace(path)

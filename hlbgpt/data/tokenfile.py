@@ -95,7 +95,7 @@ class TokenFile:
 
     def verify(self) -> None:
         """Raise InputError unless the tokens match the header's checksum (about 2 GB/s)."""
-        if zlib.crc32(self.tokens) != self.header.crc32:
+        if zlib.crc32(self.tokens.data) != self.header.crc32:
             raise InputError(
                 f"{self.path}: the tokens do not match the checksum in the header, so the file was "
                 "damaged; delete it, and it is built again"
