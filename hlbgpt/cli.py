@@ -113,7 +113,8 @@ class CLI(LightningCLI):
         return kwargs
 
     def after_fit(self) -> None:
-        if self.trainer.is_global_zero and (folder := run_folder(self.trainer)):
+        folder = run_folder(self.trainer)
+        if folder and self.trainer.is_global_zero:
             print(f"run folder: {folder}")
             if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
                 logs = _RUNS if _RUNS in folder.parents else folder

@@ -132,7 +132,7 @@ def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_MEMO_WORDS", 500)
+    monkeypatch.setattr(tokenizer, "_MEMO_PIECES", 500)
     monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 1 << 12)
 
     def peak(count: int) -> int:

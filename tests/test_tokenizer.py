@@ -14,7 +14,7 @@ from hlbgpt.errors import InputError
 
 # White space of every kind, controls that only Python takes for white space, letters, digits,
 # punctuation, contractions, and characters of two to four bytes.
-ALPHABET = [*" \n\t\r\x85\u3000\x1c\x1fab1'.é漢𝄞", " \n", " \n \n", "  ", "'s", "'ll", " the"]
+ALPHABET = [*" \0\n\t\r\x85\u3000\x1c\x1fab1'.é漢𝄞", " \n", " \n \n", "  ", "'s", "'ll", " the"]
 TEXTS = st.lists(st.sampled_from(ALPHABET)).map("".join) | st.text()
 
 
@@ -42,17 +42,19 @@ def encode_stream(encoding: tiktoken.Encoding, pieces: list[str]) -> tuple[list[
     return tokens.tolist(), sum(size for _, size in parts)
 
 
-@given(pieces=st.lists(TEXTS), chunk=st.integers(1, 12))
-@example(pieces=["a  "], chunk=4)
-@example(pieces=["a \n", " \n", "b"], chunk=12)
-@example(pieces=["!\x1c \x1c b"], chunk=12)
+@given(pieces=st.lists(TEXTS), chunk=st.integers(1, 12), block=st.integers(1, 12))
+@example(pieces=["a  "], chunk=4, block=12)
+@example(pieces=["a \n", " \n", "b"], chunk=12, block=12)
+@example(pieces=["!\x1c \x1c b"], chunk=12, block=12)
+@example(pieces=["a \0 b", "  \0"], chunk=12, block=12)
 def test_pieces_give_the_tokens_of_the_whole(
-    encoding: tiktoken.Encoding, pieces: list[str], chunk: int
+    encoding: tiktoken.Encoding, pieces: list[str], chunk: int, block: int
 ) -> None:
     text = "".join(pieces)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CHUNK_CHARS", chunk)
-        patch.setattr(tokenizer, "_MEMO_WORDS", 3)
+        patch.setattr(tokenizer, "_BLOCK_CHARS", block)
+        patch.setattr(tokenizer, "_MEMO_PIECES", 3)
         tokens, size = encode_stream(encoding, pieces)
     assert tokens == encoding.encode_ordinary(text)
     assert size == len(text.encode())
@@ -77,7 +79,7 @@ def test_bytes_are_their_own_tokens() -> None:
 
 
 def test_text_without_a_space_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_LONGEST_WORD", 1000)
+    monkeypatch.setattr(tokenizer, "_LONGEST_PIECE", 1000)
     monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 100)
     with pytest.raises(InputError, match="1000 characters without a space"):
         encode_stream(load_tokenizer("bytes"), ["x" * 2000])

@@ -5,10 +5,11 @@ Python's `str.isspace` and `re` count four control characters more.
 """
 
 import re
+import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-import numpy as np
 import tiktoken
 
 from hlbgpt.errors import InputError
@@ -19,14 +20,17 @@ VOCAB_SIZES: dict[TokenizerName, int] = {"gpt2": 50257, "bytes": 256}
 _SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 # A run of white space with a space inside it, and the word that follows; or the end of the text
-# after such a space.
-_WIDE_RUN = re.compile(rf"([{_SPACE}]+ (?:[{_SPACE}]+[^{_SPACE}]*|\Z))")
+# after such a space. The second pattern finds it, but for its beginning, where white space is line
+# ends and single spaces; it starts with a literal, which `re` looks for much faster.
+_WIDE_RUN = re.compile(rf"[{_SPACE}]+ (?:[{_SPACE}]+[^{_SPACE}]*|\Z)")
+_BLANK_LINE = re.compile(r"\n (?:\n[ \n]*[^ \n]*|\Z)")
 _CUT = re.compile(f"[^{_SPACE}](?=[ \n])")
 
-_CHUNK_CHARS = 1 << 18
-_LONGEST_MEMO = 40  # characters; longer words hardly ever come again
-_MEMO_WORDS = 1 << 18
-_LONGEST_WORD = 1 << 24
+_CHUNK_CHARS = 1 << 21
+_BLOCK_CHARS = 1 << 14
+_MEMO_PIECES = 1 << 18
+_LONGEST_PIECE = 1 << 24  # characters
+_MARK = "\0"
 
 
 def load_tokenizer(name: TokenizerName) -> tiktoken.Encoding:
@@ -54,84 +58,101 @@ def load_tokenizer(name: TokenizerName) -> tiktoken.Encoding:
 
 
 class StreamEncoder:
-    """Encodes text that comes in pieces; the tokens equal those of encoding it all at once.
+    """Encodes text that comes in parts; the tokens equal those of encoding it all at once.
 
-    The GPT-2 pattern always ends a piece between a character that is no white space and white
+    The GPT-2 pattern always ends a match between a character that is no white space and white
     space, and before a space that a non-space character follows, whatever stands elsewhere. So
-    text may be cut there, memory stays bounded, and the tokens of a word with the space before it
-    can be remembered: words come again and again, and looking one up is faster than encoding it.
+    text may be cut into pieces there, mostly words with the space before them. They come again
+    and again: each distinct piece of a chunk is encoded once, and remembered for the next chunks.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self._words = _Memo(encoding, prefix=" ")
-        self._runs = _Memo(encoding, prefix="")
+        self._memo: dict[str, bytes] = {}
 
-    def encode(self, pieces: Iterable[str]) -> Iterator[tuple[bytes, int]]:
+    def encode(self, parts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
         """Yield (tokens as little-endian uint16, UTF-8 bytes of the text they stand for)."""
-        for text in _safe_chunks(pieces):
+        for text in _safe_chunks(parts, _CHUNK_CHARS):
             yield self._encode(text), len(text.encode("utf-8"))
 
     def _encode(self, text: str) -> bytes:
-        parts = []
-        for i, part in enumerate(_WIDE_RUN.split(text)):
-            if i % 2:
-                parts.append(self._runs[part])
-            elif part:
-                # Here white space stands before or after each space, never on both sides, so
-                # every space starts a piece.
-                first, *words = part.split(" ")
-                parts.append(self._runs[first] if first else b"")
-                parts.extend(map(self._words.__getitem__, words))
-        return b"".join(parts)
+        if _MARK in text:
+            return self._tokens(text)
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
+        # Blocks, so that a rare kind of white space slows down its own block only.
+        marked = "".join(map(_mark_cuts, _safe_chunks([text], _BLOCK_CHARS)))
+        pieces = pc.split_pattern(pa.array([marked]), _MARK).flatten().dictionary_encode()
+        tokens = [self._remembered(piece) for piece in pieces.dictionary.to_pylist()]
+        joined = pc.take(pa.array(tokens, pa.binary()), pieces.indices)
+        return joined.buffers()[2].to_pybytes()
 
-class _Memo(dict[str, bytes]):
-    """Tokens of `prefix` + word for each word looked up, forgotten when there are too many."""
-
-    def __init__(self, encoding: tiktoken.Encoding, *, prefix: str) -> None:
-        super().__init__()
-        self._encoding, self._prefix = encoding, prefix
-
-    def __missing__(self, word: str) -> bytes:
-        ids = self._encoding.encode_ordinary(self._prefix + word)
-        tokens = np.asarray(ids, dtype="<u2").tobytes()
-        if len(word) <= _LONGEST_MEMO:
-            if len(self) >= _MEMO_WORDS:
-                self.clear()
-            self[word] = tokens
+    def _remembered(self, piece: str) -> bytes:
+        tokens = self._memo.get(piece)
+        if tokens is None:
+            if len(self._memo) >= _MEMO_PIECES:
+                self._memo.clear()
+            tokens = self._memo[piece] = self._tokens(piece)
         return tokens
 
+    def _tokens(self, text: str) -> bytes:
+        ids = array("H", self.encoding.encode_ordinary(text))
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tobytes()
 
-def _safe_chunks(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks that end where no token can reach across.
+
+def _mark_cuts(text: str) -> str:
+    """`text` with a mark at places to cut: before every space outside wide runs, before those."""
+    parts, end = [], 0
+    for start, next_end in _wide_runs(text):
+        parts += [text[end:start].replace(" ", _MARK + " "), _MARK, text[start:next_end]]
+        end = next_end
+    parts.append(text[end:].replace(" ", _MARK + " "))
+    return "".join(parts)
+
+
+def _wide_runs(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each wide run in `text` with the word behind it."""
+    # Of all white space, only the space is printable.
+    if "  " in text or not text.replace("\n", "").isprintable():
+        yield from (match.span() for match in _WIDE_RUN.finditer(text))
+        return
+    for match in _BLANK_LINE.finditer(text):
+        start = match.start()
+        while start and text[start - 1] in " \n":
+            start -= 1
+        yield start, match.end()
+
+
+def _safe_chunks(parts: Iterable[str], size: int) -> Iterator[str]:
+    """The same text in chunks of about `size` characters, cut where no token can reach across.
 
     Raises InputError on millions of characters without a space, for which memory has no bound.
     """
-    held: list[str] = []
-    for piece in pieces:
-        for start in range(0, len(piece), _CHUNK_CHARS):
-            part = piece[start : start + _CHUNK_CHARS]
-            cut = _last_cut(part)
-            if cut is None:
-                held.append(part)
-                if sum(map(len, held)) > _LONGEST_WORD:
-                    raise InputError(
-                        f"text: {_LONGEST_WORD} characters without a space or line end; is this "
-                        "a text file?"
-                    )
+    held = ""
+    for part in parts:
+        for start in range(0, len(part), size):
+            held += part[start : start + size]
+            if len(held) < size:
                 continue
-            yield "".join([*held, part[:cut]])
-            held = [part[cut:]]
-    if rest := "".join(held):
-        yield rest
+            if cut := _last_cut(held):
+                yield held[:cut]
+                held = held[cut:]
+            elif len(held) > _LONGEST_PIECE:
+                raise InputError(
+                    f"text: {_LONGEST_PIECE} characters without a space or line end; is this a "
+                    "text file?"
+                )
+    if held:
+        yield held
 
 
 def _last_cut(text: str) -> int | None:
     """The last place in `text` after a non-space character and before a space or line end."""
     for width in (256, len(text)):  # nearly always close to the end
-        tail = len(text) - min(width, len(text))
-        found = [match.end() for match in _CUT.finditer(text, tail)]
+        found = [match.end() for match in _CUT.finditer(text, max(0, len(text) - width))]
         if found:
             return found[-1]
     return None
