@@ -25,6 +25,13 @@ from hlbgpt.module import LanguageModule
 
 CONFIG_IN_CHECKPOINT = "hlbgpt_config"
 _RUNS = Path("runs")
+_DESCRIPTIONS: dict[str, Any] = {
+    "description": "Train a small GPT until its validation loss meets a target, and time it.",
+    "fit": {"description": "Train until the target is met, and record the time."},
+    "validate": {"description": "Measure a checkpoint on the validation split."},
+    "test": {"description": "Measure a checkpoint on the test split."},
+    "predict": {"description": "Continue prompts with a checkpoint, and print the text."},
+}
 
 
 class Parser(LightningArgumentParser):
@@ -57,8 +64,7 @@ class CLI(LightningCLI):
             TokenDataModule,
             save_config_callback=SaveConfig,
             parser_class=Parser,
-            parser_kwargs={"prog": "hlbgpt"},
-            # From a small range, so that the seed of a first run can be typed again.
+            parser_kwargs={"prog": "hlbgpt", **_DESCRIPTIONS},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # Settings stored in a checkpoint would silently win over those typed.

@@ -3,9 +3,10 @@
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hlbgpt.errors import InputError
+from hlbgpt.models import Network
 
 
 @dataclasses.dataclass
@@ -31,7 +32,7 @@ class Generation:
 
 
 @torch.no_grad()
-def generate(net: nn.Module, prompt: Tensor, how: Generation, *, vocab_size: int) -> Tensor:
+def generate(net: Network, prompt: Tensor, how: Generation, *, vocab_size: int) -> Tensor:
     """Continue `prompt` (1, t) by `how.max_new_tokens` tokens: (1, t + max_new_tokens).
 
     Only the first `vocab_size` logits are drawn from, so padding of the vocabulary never shows.
@@ -39,7 +40,7 @@ def generate(net: nn.Module, prompt: Tensor, how: Generation, *, vocab_size: int
     are the same on every device.
     """
     random = torch.Generator().manual_seed(how.seed)
-    context = getattr(net, "max_sequence_length", None) or prompt.shape[1] + how.max_new_tokens
+    context = net.max_sequence_length or prompt.shape[1] + how.max_new_tokens
     tokens = prompt
     for _ in range(how.max_new_tokens):
         # `forward` past torch.compile: every length would compile anew.

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -20,6 +20,7 @@ from hlbgpt.clock import Stopwatch, synchronize
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
 from hlbgpt.generate import Generation, generate
+from hlbgpt.models import Network, TokenScores
 from hlbgpt.optim import parameter_groups
 
 _SPLIT_OF_PREFIX = {"val": "validation", "test": "test"}
@@ -29,7 +30,7 @@ class LanguageModule(L.LightningModule):
     """Trains a network on batches of tokens and measures it.
 
     Args:
-        net: The network (see `hlbgpt.models` for what it takes and returns).
+        net: The network: `hlbgpt.models.GPT`, or a class of your own from `hlbgpt.models.Network`.
         optimizer: Optimizer, given the parameter groups of `hlbgpt.optim`.
         lr_scheduler: Learning-rate schedule, stepped once an optimizer step; none by default.
         compile: Whether to run the network through `torch.compile`.
@@ -38,7 +39,7 @@ class LanguageModule(L.LightningModule):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Network,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = True,  # noqa: A002
@@ -77,14 +78,13 @@ class LanguageModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Raise InputError where network and data do not fit."""
         self.micro_batches = self.trainer.accumulate_grad_batches
-        vocab_size = getattr(self.net, "vocab_size", None)
-        if vocab_size is not None and vocab_size < self.data.vocab_size:
+        logits, tokens = self.net.vocab_size, self.data.vocab_size
+        if logits < tokens:
             raise InputError(
-                f"model.net vocab_size: {vocab_size} is less than the {self.data.vocab_size} "
-                f"tokens of data.tokenizer {self.data.tokenizer}; raise it"
+                f"model.net vocab_size: {logits} is less than the {tokens} tokens of "
+                f"data.tokenizer {self.data.tokenizer}; raise it"
             )
-        longest = getattr(self.net, "max_sequence_length", None)
-        if longest is None:
+        if (longest := self.net.max_sequence_length) is None:
             return
         keys = {"fit": ["sequence_length"], "predict": []}.get(stage, [])
         keys += [] if stage == "predict" else ["eval_sequence_length"]
@@ -268,7 +268,7 @@ class LanguageModule(L.LightningModule):
     def on_validation_end(self) -> None:
         self._restart_throughput()
 
-    def _scores(self, batch: Tensor) -> Any:
+    def _scores(self, batch: Tensor) -> TokenScores:
         return self.net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)
 
     def _measure(self, batch: Tensor) -> None:

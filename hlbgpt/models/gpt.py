@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.errors import InputError
+from hlbgpt.models.base import Network
 from hlbgpt.models.head import TokenScores, score
 
 
-class GPT(nn.Module):
+class GPT(Network):
     """A pre-norm decoder with learned positions and tied embeddings.
 
     Args:

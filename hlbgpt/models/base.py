@@ -1,0 +1,32 @@
+"""What a network takes, returns and says of itself."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """Base of all networks.
+
+    Keep repeated blocks in an attribute `blocks`: the optimizer's parameter groups find the
+    matrices there (`hlbgpt.optim`).
+
+    Attributes:
+        vocab_size: Number of logits, at least the number of the tokenizer's tokens.
+        max_sequence_length: Longest sequence it can read; None if there is no limit.
+    """
+
+    vocab_size: int
+    max_sequence_length: int | None = None
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
+    ) -> Any:
+        """Read `tokens` (B, T) int64.
+
+        Returns:
+            Logits (B, T, vocab_size) without `targets`. With `targets` (B, T), of which -1 stands
+            for no target, the mean loss in nats, or with `per_token` a `TokenScores`: see
+            `hlbgpt.models.score`, which makes both from logits.
+        """
+        raise NotImplementedError
