@@ -95,6 +95,14 @@ def hlbgpt(
             del sys.modules[name]
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `datasets` keep what it prepares in a folder of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
+
+
 @pytest.fixture(scope="session")
 def gpt2() -> tiktoken.Encoding:
     """The GPT-2 tokenizer, where its files are at hand."""

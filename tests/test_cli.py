@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS
+from test_text import write_hub_layout
 
 from hlbgpt.data.tokenfile import TokenFile
 
@@ -361,3 +363,41 @@ def test_two_processes_share_a_run(tiny: list[str], tmp_path: Path) -> None:
     assert two["devices"] == 2
     assert (two["step"], two["tokens"]) == (one["step"], one["tokens"])
     assert two["value"] == pytest.approx(one["value"], abs=1e-3)
+
+
+# --- real input -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_fit_from_the_hubs_layout(hlbgpt, tiny: list[str], folder: Path, tmp_path: Path) -> None:
+    texts = {
+        split: (folder / f"wiki.{name}.raw").read_text()
+        for split, name in {"train": "train", "validation": "valid", "test": "test"}.items()
+    }
+    hub = write_hub_layout(tmp_path / "hub", texts)
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    hlbgpt(
+        "fit", *QUICKSTART, *tiny, "--data.source=hlbgpt.data.HubText", f"--data.source.path={hub}"
+    )
+    files, rows = (
+        json.loads(Path(f"runs/quickstart/version_{i}/record.json").read_text()) for i in (0, 1)
+    )
+    assert rows["value"] == files["value"]  # the same text, so the same run
+
+
+def test_fit_on_wikitext_with_the_gpt2_tokenizer(hlbgpt, tiny, gpt2, test_data: Path) -> None:
+    """The baseline, small, on real text; its first validation is close to a uniform guess."""
+    text = test_data / "wikitext" / "wiki.test.raw"
+    hlbgpt(
+        "fit",
+        "--config",
+        CONFIGS / "baseline.yaml",
+        *tiny,
+        *[f"--data.source.{split}={text}" for split in ("train", "validation", "test")],
+        "--data.tokenizer=gpt2",
+        "--model.net.init_args.vocab_size=50304",
+        "--data.eval_batch_size=64",
+        "--trainer.limit_val_batches=3",
+    )
+    record = json.loads(Path("runs/baseline/version_0/record.json").read_text())
+    assert record["value"] == pytest.approx(math.log(50304), abs=0.1)

@@ -23,13 +23,6 @@ def write_hub_layout(folder: Path, texts: dict[str, str]) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
-
-
 def joined(source: TextFiles | HubText | EmbeddedText, split: str) -> str:
     return "".join(source.chunks(split))
 
@@ -86,6 +79,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         TextFiles().path("train")
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_layout_gives_the_raw_file_byte_for_byte(tmp_path: Path) -> None:
     text = " \n = Title = \n \n Some text , with é . \n \n \n = = Part = = \n"
     folder = write_hub_layout(tmp_path / "hub", dict.fromkeys(SPLITS, text))
@@ -94,12 +88,14 @@ def test_hub_layout_gives_the_raw_file_byte_for_byte(tmp_path: Path) -> None:
         assert joined(source, split) == text
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_layout_gives_wikitext_byte_for_byte(tmp_path: Path, test_data: Path) -> None:
     text = (test_data / "wikitext" / "wiki.test.raw").read_bytes().decode()
     folder = write_hub_layout(tmp_path / "hub", {"test": text})
     assert joined(HubText(path=str(folder)), "test") == text
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_layout_mistakes_are_named(tmp_path: Path) -> None:
     folder = write_hub_layout(tmp_path / "hub", {"train": "words \n"})
     with pytest.raises(InputError, match=r"cannot load split 'test'"):
