@@ -171,6 +171,10 @@ class LanguageModule(L.LightningModule):
             self._step_end = batch_idx + self._step_size
             self._losses = []
             self.trainer.accumulate_grad_batches = self._step_end
+        last_step = 0 < self.trainer.max_steps <= self.trainer.global_step + 1
+        if last_step and batch_idx + 1 == self._step_end:
+            # A run ends with a validation of its final weights, wherever the interval falls.
+            self.trainer.val_check_batch = 1
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.net(batch[:, :-1], batch[:, 1:])

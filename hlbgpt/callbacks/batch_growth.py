@@ -19,6 +19,9 @@ class BatchGrowth(L.Callback):
     next step takes floor(n) micro-batches, or one more with the fraction of n as the probability.
     The batch therefore stays small while the norm falls faster than `target` a step.
 
+    With `trainer.accumulate_grad_batches` above 1, so many batches count as one micro-batch: four of
+    16 windows train like one of 64.
+
     The rule needs the norm on the host, so every step waits for the device, as the seed did.
 
     Args:
@@ -39,10 +42,12 @@ class BatchGrowth(L.Callback):
         self.average = initial_norm
         self.estimate = 1.0
         self.micro_batches = 1
+        self._unit = 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
-        pl_module.micro_batches = self.micro_batches
+        self._unit = trainer.accumulate_grad_batches
+        pl_module.micro_batches = self.micro_batches * self._unit
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -51,7 +56,7 @@ class BatchGrowth(L.Callback):
         # From seed and step: the same on every rank, and after a restart.
         coin = random.Random(f"{run_seed()} {trainer.global_step}").random()
         self.update(pl_module.grad_norm().item(), coin=coin)
-        pl_module.micro_batches = self.micro_batches
+        pl_module.micro_batches = self.micro_batches * self._unit
 
     def update(self, norm: float, *, coin: float) -> None:
         """Take in the gradient norm of a step; `coin` is uniform in [0, 1)."""
