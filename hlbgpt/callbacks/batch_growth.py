@@ -19,7 +19,7 @@ class BatchGrowth(L.Callback):
     next step takes floor(n) micro-batches, or one more with the fraction of n as the probability.
     The batch therefore stays small while the norm falls faster than `target` a step.
 
-    With `trainer.accumulate_grad_batches` above 1, so many batches count as one micro-batch: four of
+    With `trainer.accumulate_grad_batches` above 1, that many batches count as one: four of
     16 windows train like one of 64.
 
     The rule needs the norm on the host, so every step waits for the device, as the seed did.
