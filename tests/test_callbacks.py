@@ -217,7 +217,7 @@ def test_batch_growth_follows_its_formula(norms: list[float], coins: list[float]
 def test_batch_growth_sets_the_micro_batches_of_the_next_step(
     folder: Path, tmp_path: Path, unit: int
 ) -> None:
-    growth, sizes = BatchGrowth(rate=1.0, initial_norm=0.0), []
+    growth, sizes = BatchGrowth(rate=0.2, initial_norm=0.0), []
 
     class Sizes(L.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
