@@ -235,6 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.argv[1:] = _with_saved_config(sys.argv[1:] if arguments is None else arguments)
     # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
     sys.path.insert(0, os.getcwd())
+    if "LOCAL_RANK" not in os.environ:  # a folder claimed by an earlier run is not this run's
+        os.environ.pop("HLBGPT_RUN_FOLDER", None)
     _quieten()
     try:
         CLI()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import LAST, QUICKSTART
 
+from hlbgpt.cli import main
 from hlbgpt.data.tokenfile import TokenFile
 
 
@@ -128,3 +129,13 @@ def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path
 def test_prompts_are_asked_for(hlbgpt, tiny: list[str], capfd) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)
     assert "data.prompts: no prompt" in error_of(hlbgpt, capfd, "predict", f"--ckpt_path={LAST}")
+
+
+def test_a_refused_command_leaves_earlier_runs_alone(hlbgpt, tiny: list[str]) -> None:
+    """Also one that a run of the same process left without a checkpoint."""
+    hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.enable_checkpointing=false")
+    before = sorted(Path("runs").rglob("*"))
+    with pytest.raises(SystemExit):
+        main(["fit", *QUICKSTART, *tiny, "--ckpt_path=nowhere.ckpt"])
+    assert sorted(Path("runs").rglob("*")) == before
+    assert Path("runs/quickstart/version_0/record.json").is_file()
