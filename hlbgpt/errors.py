@@ -6,3 +6,10 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def require_positive(key: str, **sizes: int) -> None:
+    """Raise InputError for the first size below 1; `key` and the size's name say which it is."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{key}{name}: {size} is less than 1; set it to at least 1")

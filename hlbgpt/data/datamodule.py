@@ -12,7 +12,7 @@ from hlbgpt.data.stream import PADDING, PromptStream, TokenStream, WindowStream
 from hlbgpt.data.text import SPLITS, TextSource
 from hlbgpt.data.tokenfile import TokenFile, build_token_file, token_file_path
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
-from hlbgpt.errors import InputError
+from hlbgpt.errors import InputError, require_positive
 from hlbgpt.seeds import run_seed
 
 IGNORE = -1  # target without a loss
@@ -59,14 +59,13 @@ class TokenDataModule(L.LightningDataModule):
         prompts: list[str] | str = [],  # noqa: B006 (never changed; the CLI needs a plain default)
     ) -> None:
         super().__init__()
-        for name, size in {
-            "sequence_length": sequence_length,
-            "micro_batch_size": micro_batch_size,
-            "eval_sequence_length": eval_sequence_length,
-            "eval_batch_size": eval_batch_size,
-        }.items():
-            if size < 1:
-                raise InputError(f"data.{name}: {size} is less than 1; set it to at least 1")
+        require_positive(
+            "data.",
+            sequence_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            eval_sequence_length=eval_sequence_length,
+            eval_batch_size=eval_batch_size,
+        )
         self.source, self.tokenizer = source, tokenizer
         self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.eval_sequence_length, self.eval_batch_size = eval_sequence_length, eval_batch_size
@@ -108,7 +107,7 @@ class TokenDataModule(L.LightningDataModule):
             )
         # Streams check what they are given: better now than after the first validation.
         if "train" in self.files:
-            self._train_stream(rank=0, world_size=self.trainer.world_size if self.trainer else 1)
+            self.train_dataloader()
         for split in ("validation", "test"):
             if split in self.files:
                 self._require_window(split)
@@ -133,7 +132,7 @@ class TokenDataModule(L.LightningDataModule):
                 f"{tokens} tokens; use a longer text or set it below {tokens}"
             )
 
-    def _train_stream(self, *, rank: int, world_size: int) -> TokenStream:
+    def train_dataloader(self) -> TokenStream:
         seed = self.seed if self.seed is not None else run_seed()
         try:
             return TokenStream(
@@ -141,8 +140,7 @@ class TokenDataModule(L.LightningDataModule):
                 batch_size=self.micro_batch_size,
                 sequence_length=self.sequence_length,
                 seed=seed,
-                rank=rank,
-                world_size=world_size,
+                **self._shares(),
             )
         except ValueError as error:
             raise InputError(
@@ -154,9 +152,6 @@ class TokenDataModule(L.LightningDataModule):
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-    def train_dataloader(self) -> TokenStream:
-        return self._train_stream(**self._shares())
 
     def val_dataloader(self) -> WindowStream:
         return self._windows("validation")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError
+from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.base import Network
 from hlbgpt.models.head import TokenScores, score
 
@@ -40,15 +40,14 @@ class GPT(Network):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        for name, size in {
-            "vocab_size": vocab_size,
-            "max_sequence_length": max_sequence_length,
-            "width": width,
-            "num_heads": num_heads,
-            "num_blocks": num_blocks,
-        }.items():
-            if size < 1:
-                raise InputError(f"model.net {name}: {size} is less than 1; set it to at least 1")
+        require_positive(
+            "model.net ",
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            width=width,
+            num_heads=num_heads,
+            num_blocks=num_blocks,
+        )
         if width % num_heads:
             raise InputError(
                 f"model.net width: {width} is not divisible by num_heads {num_heads}; "
