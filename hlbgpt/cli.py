@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import os
-import pickle
-import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,19 +11,39 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.time_to_target import TimeToTarget
+from hlbgpt.checkpoint_io import load_checkpoint
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
-from hlbgpt.folders import last_checkpoint, run_folder
+from hlbgpt.folders import (
+    RUNS,
+    claim_folder,
+    drop_folder_without_steps,
+    folder_of,
+    forget_claim,
+    is_unfinished,
+    last_checkpoint,
+    newest_checkpoint,
+    reclaim_folder,
+    requeued_checkpoint,
+    run_folder,
+    sole_owner,
+)
 from hlbgpt.module import LanguageModule
+from hlbgpt.resume import KEY, require_resumable
+from hlbgpt.saved_config import (
+    IN_CHECKPOINT,
+    SaveConfig,
+    changed_settings,
+    config_name,
+    with_saved_config,
+)
 
-CONFIG_IN_CHECKPOINT = "hlbgpt_config"
-_RUNS = Path("runs")
 _DESCRIPTIONS: dict[str, Any] = {
     "description": "Train a small GPT until its validation loss meets a target, and time it.",
     "fit": {"description": "Train until the target is met, and record the time."},
@@ -46,23 +65,19 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the run's whole config beside its logs and inside its checkpoints."""
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint[CONFIG_IN_CHECKPOINT] = self.parser.dump(self.config, skip_none=False)
-
-
 class CLI(LightningCLI):
     """LightningCLI with a folder for each run, a clock that is always there, and short errors."""
 
-    def __init__(self) -> None:
+    def __init__(self, resources: contextlib.ExitStack) -> None:
+        """`resources`: closed when the command has ended."""
+        self.resources = resources
+        self.checkpoint: dict[str, Any] = {}
+        self.checkpoint_path: Path | None = None
         super().__init__(
             LanguageModule,
             TokenDataModule,
             save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             parser_class=Parser,
             parser_kwargs={"prog": "hlbgpt", **_DESCRIPTIONS},
             seed_everything_default=0,
@@ -80,13 +95,27 @@ class CLI(LightningCLI):
         """Take no settings from the checkpoint; what is typed is what runs."""
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
-        _require_accelerator(trainer.accelerator)
-        _require_checkpoint(self.config[self.subcommand].get("ckpt_path"))
+        config = self.config[self.subcommand]
+        _require_accelerator(config.trainer.accelerator)
+        self._find_checkpoint(config)
         if self.subcommand != "fit":
             self.save_config_callback = None
-        if trainer.enable_checkpointing is False:
+        if config.trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
+
+    def _find_checkpoint(self, config: Any) -> None:
+        """Turn `ckpt_path` into the path of a file, and read the file."""
+        name = config_name(config.get("config"))
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(newest_checkpoint(name))
+        elif config.ckpt_path is None and self.subcommand == "fit":
+            config.ckpt_path = requeued_checkpoint(name)
+        if config.ckpt_path in (None, "best", "hpc", "registry"):  # Lightning's business
+            return
+        if not Path(config.ckpt_path).is_file():
+            raise InputError(f"ckpt_path: no file {config.ckpt_path!r}; name a checkpoint (.ckpt)")
+        self.checkpoint = load_checkpoint(config.ckpt_path)
+        self.checkpoint_path = Path(config.ckpt_path)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what the config leaves open, without writing it into the saved config."""
@@ -96,12 +125,24 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             kwargs.setdefault("logger", settings.logger or False)
         elif settings.default_root_dir is None and not settings.fast_dev_run:
-            kwargs |= self._new_folder(settings.logger)
+            kwargs |= self._folder(settings.logger)
         return super().instantiate_trainer(**kwargs)
 
-    def _new_folder(self, logger: Any) -> dict[str, Any]:
-        """Let the run log to runs/<config name>/version_N, a folder that no other run has."""
-        folder = _claim_folder(_RUNS / _config_name(self.config[self.subcommand].get("config")))
+    def _folder(self, logger: Any) -> dict[str, Any]:
+        """Let the run log to a folder that no other run has, runs/<config name>/version_N.
+
+        A run that was cut short goes on in its own. Its curves are cut back to the checkpoint,
+        for the steps behind it are made again.
+        """
+        cut_back = {}
+        if self.checkpoint_path and is_unfinished(self.checkpoint_path):
+            folder = reclaim_folder(folder_of(self.checkpoint_path))
+            cut_back["purge_step"] = self.checkpoint[KEY]["log_step"]
+        else:
+            name = config_name(self.config[self.subcommand].get("config"))
+            folder = claim_folder(RUNS / name)
+        if "LOCAL_RANK" not in os.environ:
+            self.resources.enter_context(sole_owner(folder))
         found: dict[str, Any] = {"default_root_dir": str(folder)}
         if logger in (None, True):
             found["logger"] = TensorBoardLogger(
@@ -109,21 +150,35 @@ class CLI(LightningCLI):
                 name=folder.parent.name,
                 version=folder.name,
                 default_hp_metric=False,
+                **cut_back,
             )
         return found
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if (path := kwargs.get("ckpt_path")) and Path(path).is_file():
-            self.model.require_matching(_load_checkpoint(path), path)
-        return kwargs
+    def before_fit(self) -> None:
+        """Say which settings differ from the checkpoint's; those of this run hold."""
+        if not self.checkpoint:
+            return
+        self._require_matching()
+        require_resumable(self.checkpoint, self.trainer.max_steps)
+        stored = self.checkpoint.get(IN_CHECKPOINT)
+        if stored and "LOCAL_RANK" not in os.environ:
+            now = self.parser.dump(self.config[self.subcommand], skip_none=False)
+            for line in changed_settings(stored, now):
+                print(f"resume: {line}")
+        self.checkpoint = {}  # the trainer reads it again
+
+    def _require_matching(self) -> None:
+        if self.checkpoint:
+            self.model.require_matching(self.checkpoint, str(self.checkpoint_path))
+
+    before_validate = before_test = before_predict = _require_matching
 
     def after_fit(self) -> None:
         folder = run_folder(self.trainer)
         if folder and self.trainer.is_global_zero:
             print(f"run folder: {folder}")
             if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
-                logs = _RUNS if _RUNS in folder.parents else folder
+                logs = RUNS if RUNS in folder.parents else folder
                 print(f"curves: tensorboard --logdir {logs}")
             if (checkpoint := last_checkpoint(folder)).is_file():
                 print(f"text: hlbgpt predict --ckpt_path {checkpoint} --data.prompts 'The '")
@@ -133,90 +188,12 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def _config_name(configs: list[Any] | None) -> str:
-    """The run's name: that of the last config file, or of the run that a saved one is from."""
-    if not configs:
-        return "default"
-    path = Path(str(configs[-1]))
-    return path.resolve().parents[1].name if path.name == "config.yaml" else path.stem
-
-
-def _claim_folder(parent: Path) -> Path:
-    """Make the first version_N in `parent` that is not there yet; made by one process only.
-
-    Ranks that Lightning launches later find the folder that the first one made.
-    """
-    if (claimed := os.environ.get("HLBGPT_RUN_FOLDER")) and "LOCAL_RANK" in os.environ:
-        return Path(claimed)
-    number = 0
-    while True:
-        folder = parent / f"version_{number}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise InputError(
-                f"runs: cannot make {str(folder)!r}: {error.strerror}; run from a folder that can "
-                "be written to, or set --trainer.default_root_dir"
-            ) from error
-        else:
-            os.environ["HLBGPT_RUN_FOLDER"] = str(folder)
-            return folder
-
-
-def _drop_folder_without_steps() -> None:
-    """Remove the run's folder when the run ended before it trained."""
-    folder = Path(os.environ.get("HLBGPT_RUN_FOLDER", ""))
-    if folder.name and "LOCAL_RANK" not in os.environ and not (folder / "checkpoints").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other runs are in it
-            folder.parent.rmdir()
-            folder.parents[1].rmdir()
-
-
 def _require_accelerator(name: Any) -> None:
     if name in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError(
             f"trainer.accelerator: {name!r} asked for, but torch {torch.__version__} finds no CUDA "
             "GPU; use --trainer.accelerator cpu, or install a CUDA build of torch and its driver"
         )
-
-
-def _require_checkpoint(path: str | None) -> None:
-    if path and path not in ("best", "last", "hpc", "registry") and not Path(path).is_file():
-        raise InputError(f"ckpt_path: no file {path!r}; name a checkpoint (.ckpt)")
-
-
-def _load_checkpoint(path: str) -> dict[str, Any]:
-    """Tensors and plain data only: a file that carries code is refused, and its code not run."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"ckpt_path: {path!r} is no checkpoint that loads as data only") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"ckpt_path: {path!r} is no checkpoint of hlbgpt: it has no state_dict")
-    return checkpoint
-
-
-def _with_saved_config(arguments: list[str]) -> list[str]:
-    """Add the config saved beside the checkpoint's run where the user names none."""
-    given = {argument.split("=")[0] for argument in arguments}
-    if not arguments or given & {"--config", "-c", "--help", "-h", "--print_config"}:
-        return arguments
-    paths = [
-        argument.partition("=")[2] or after
-        for argument, after in zip(arguments, [*arguments[1:], ""], strict=True)
-        if argument.split("=")[0] == "--ckpt_path"
-    ]
-    if not paths:
-        return arguments
-    config = Path(paths[-1]).resolve().parents[1] / "config.yaml"
-    if not config.is_file():
-        return arguments
-    command, *rest = arguments
-    print(f"settings: {config}", file=sys.stderr)
-    return [command, "--config", str(config), *rest]
 
 
 def _quieten() -> None:
@@ -232,17 +209,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     With HLBGPT_TRACEBACK=1 in the environment the traceback is shown.
     """
-    sys.argv[1:] = _with_saved_config(sys.argv[1:] if arguments is None else arguments)
     # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
     sys.path.insert(0, os.getcwd())
-    if "LOCAL_RANK" not in os.environ:  # a folder claimed by an earlier run is not this run's
-        os.environ.pop("HLBGPT_RUN_FOLDER", None)
+    forget_claim()
     _quieten()
     try:
-        CLI()
-    except (InputError, MisconfigurationException) as error:
-        _drop_folder_without_steps()
+        sys.argv[1:] = with_saved_config(sys.argv[1:] if arguments is None else arguments)
+        with contextlib.ExitStack() as resources:
+            CLI(resources)
+    except (InputError, MisconfigurationException, OSError) as error:
+        drop_folder_without_steps()
         if os.environ.get("HLBGPT_TRACEBACK"):
             raise
         sys.stderr.write(f"hlbgpt: error: {_one_line(error)}\n")
         raise SystemExit(2) from None
+    except (SystemExit, KeyboardInterrupt) as stop:
+        drop_folder_without_steps()
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise

@@ -7,21 +7,26 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from hlbgpt import resume
+from hlbgpt.checkpoint_io import WholeCheckpointIO
 from hlbgpt.clock import Stopwatch, synchronize
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
 from hlbgpt.generate import Generation, generate
 from hlbgpt.models import Network, TokenScores
 from hlbgpt.optim import parameter_groups
+from hlbgpt.seeds import run_seed
+from hlbgpt.steps import StepPlan
 
 _SPLIT_OF_PREFIX = {"val": "validation", "test": "test"}
 
@@ -54,14 +59,12 @@ class LanguageModule(L.LightningModule):
         self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
         self.compile_seconds = 0.0
         self.tokens_seen = 0  # on all devices
-        # Micro-batches of a step, for callbacks to set between steps. Lightning ends a step where
-        # the batch's number is a multiple of `accumulate_grad_batches`, which cannot express a
-        # number that changes, nor a last step of a pass that is shorter than the others. So this
-        # module sets that attribute to the number at which the step is to end.
-        self.micro_batches = 1
-        self._step_size = self._step_end = 0
-        self._losses: list[Tensor] = []  # of the step's micro-batches, on the device
+        self.steps = StepPlan()
+        self._logged: tuple[int, dict[str, Any]] = (0, {})  # after how many steps, and what
         self._logged_at = (0.0, 0)  # when throughput was last logged: seconds, tokens
+        self._accumulate = 1  # the setting, which `steps` overwrites in the trainer
+        self._hyperparameters: dict[str, str] = {}  # of the optimizer and its schedule
+        self._resumed: dict[str, Any] | None = None  # until training goes on
 
     # --- set-up -------------------------------------------------------------------------------
 
@@ -77,7 +80,9 @@ class LanguageModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Raise InputError where network and data do not fit."""
-        self.micro_batches = self.trainer.accumulate_grad_batches
+        self._accumulate = self.steps.micro_batches = self.trainer.accumulate_grad_batches
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not chosen by the user
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         logits, tokens = self.net.vocab_size, self.data.vocab_size
         if logits < tokens:
             raise InputError(
@@ -97,14 +102,30 @@ class LanguageModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Compile in place, which leaves the names in checkpoints as they are."""
-        generating = self.trainer.predicting
-        if self.compile_net and not generating and self.net._compiled_call_impl is None:
+        if not self.compile_net or self.trainer.predicting:
+            return
+        if self.trainer.strategy.root_device.type == "cpu":
+            # Inductor adds up an embedding's gradients in whatever order its threads come; this
+            # makes a run the same every time.
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, needs no one
+        if self.net._compiled_call_impl is None:
             self.net.compile()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer, scheduler = self._build_optimizer()
+        self._hyperparameters = resume.hyperparameters(optimizer, scheduler)
+        if scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _build_optimizer(self) -> tuple[Optimizer, LRSchedulerTypeUnion | None]:
         optimizer = self.optimizer(parameter_groups(self.net))
         if self.lr_scheduler is None:
-            return optimizer
+            return optimizer, None
         scheduler = self.lr_scheduler(optimizer)
         planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
         if planned is not None and not 0 < steps <= planned:
@@ -112,10 +133,7 @@ class LanguageModule(L.LightningModule):
                 f"trainer.max_steps: {steps} steps asked for, but the learning-rate schedule ends "
                 f"at total_steps {planned}; set both to the same number"
             )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return optimizer, scheduler
 
     def on_fit_start(self) -> None:
         train, data = self.data.files["train"].header, self.data
@@ -154,9 +172,35 @@ class LanguageModule(L.LightningModule):
 
     # --- training -----------------------------------------------------------------------------
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the steps to come, for callbacks to set between steps."""
+        return self.steps.micro_batches
+
+    @micro_batches.setter
+    def micro_batches(self, number: int) -> None:
+        self.steps.micro_batches = number
+
     def on_train_start(self) -> None:
-        self.trainer.accumulate_grad_batches = self.micro_batches
+        self.steps.begin_run(self.trainer)
+        if self._resumed is not None:
+            self._continue(self._resumed)
+            self._resumed = None
         self._restart_throughput()
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        """Take up what `on_save_checkpoint` found; now, for the set-up is over."""
+        self.steps.load_state_dict(state["steps"], self.device)
+        if state["accumulate_grad_batches"] == self._accumulate:
+            self.micro_batches = state["steps"]["micro_batches"]
+        resume.restore_gradients(self.net, state["gradients"])
+        resume.continue_loops(self.trainer, self.steps)
+        if state["log"]:
+            self._logged = self.trainer.global_step, state["log"]
+            values = {**state["log"], "epoch": self.trainer.current_epoch}
+            self.trainer._logger_connector.log_metrics(values, step=state["log_step"])
+        if state["seed"] == run_seed():
+            resume.restore_random_state(state["random"], self.global_rank, self.device)
 
     def on_train_epoch_start(self) -> None:
         self.micro_batches = self.trainer.accumulate_grad_batches
@@ -165,23 +209,14 @@ class LanguageModule(L.LightningModule):
         self.trainer.accumulate_grad_batches = self.micro_batches
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        if batch_idx == 0 or batch_idx >= self._step_end:
-            left = int(self.trainer.num_training_batches) - batch_idx
-            self._step_size = min(self.micro_batches, left)
-            self._step_end = batch_idx + self._step_size
-            self._losses = []
-            self.trainer.accumulate_grad_batches = self._step_end
-        last_step = 0 < self.trainer.max_steps <= self.trainer.global_step + 1
-        if last_step and batch_idx + 1 == self._step_end:
-            # A run ends with a validation of its final weights, wherever the interval falls.
-            self.trainer.val_check_batch = 1
+        self.steps.begin_batch(self.trainer, batch_idx)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.net(batch[:, :-1], batch[:, 1:])
-        self._losses.append(loss.detach())
+        self.steps.losses.append(loss.detach())
         self.tokens_seen += (batch.numel() - len(batch)) * self.trainer.world_size
         # Lightning divides by accumulate_grad_batches, which here is where the step ends.
-        return loss * (self.trainer.accumulate_grad_batches / self._step_size)
+        return loss * (self.trainer.accumulate_grad_batches / self.steps.size)
 
     def optimizer_step(
         self,
@@ -193,7 +228,7 @@ class LanguageModule(L.LightningModule):
         """Step, then drop the gradients.
 
         Lightning drops them where the batch's number is a multiple of `accumulate_grad_batches`,
-        which this module uses in its own way (see `micro_batches`).
+        which is used here in another way (see `StepPlan`).
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         call._call_callback_hooks(self.trainer, "on_before_zero_grad", optimizer)
@@ -202,7 +237,7 @@ class LanguageModule(L.LightningModule):
     @property
     def step_loss(self) -> Tensor:
         """Mean loss of the step's micro-batches so far, in nats; a scalar on the device."""
-        return torch.stack(self._losses).mean()
+        return self.steps.mean_loss
 
     def grad_norm(self) -> Tensor:
         """Norm of all gradients taken as one vector; a scalar on the device."""
@@ -217,13 +252,14 @@ class LanguageModule(L.LightningModule):
             "train_loss": self.step_loss,
             "grad_norm": self.grad_norm(),
             "tokens_seen": float(self.tokens_seen),
-            "micro_batches_per_step": float(self._step_size),
+            "micro_batches_per_step": float(self.steps.size),
         }
         for group in optimizer.param_groups:
             values[f"lr/{group.get('name', 'all')}"] = group["lr"]
         if rate := self._throughput():
             values["tokens_per_second"] = rate
         self.log_dict(values)
+        self._logged = self.trainer.global_step + 1, values
 
     def _throughput(self) -> float:
         """Training tokens a second since it was last asked for, validation not counted."""
@@ -235,11 +271,34 @@ class LanguageModule(L.LightningModule):
         self._logged_at = time.monotonic(), self.tokens_seen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tokens_seen"] = self.tokens_seen
+        for logger in self.loggers:  # the curves on disk reach at least as far as the checkpoint
+            logger.save()
+        loops, steps = checkpoint["loops"]["fit_loop"], self.trainer.global_step
+        # Then the curves are to be cut back to before this step, and its values logged again.
+        again = resume.repeats_log(loops, self.steps)
+        resume.settle_loops(loops)
+        step, values = self._logged
+        checkpoint[resume.KEY] = {
+            "log_step": steps - again,
+            "log": _floats(values) if again and step == steps else {},
+            "tokens_seen": self.tokens_seen,
+            "seed": run_seed(),
+            "random": resume.random_states(self.device),
+            "steps": self.steps.state_dict(),
+            "accumulate_grad_batches": self._accumulate,
+            "gradients": resume.partial_gradients(self.net, self.trainer.strategy),
+            "hyperparameters": self._hyperparameters,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.require_matching(checkpoint, "the checkpoint")
-        self.tokens_seen = checkpoint["tokens_seen"]
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        resume.require_resumable(checkpoint, self.trainer.max_steps)
+        self._resumed = checkpoint[resume.KEY]
+        self.tokens_seen = self._resumed["tokens_seen"]
+        for line in resume.keep_typed(checkpoint, *self._build_optimizer()):
+            self.print(f"resume: {line}")
 
     def require_matching(self, checkpoint: dict[str, Any], name: str) -> None:
         """Raise InputError unless `checkpoint` holds the weights of this network."""
@@ -265,6 +324,8 @@ class LanguageModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
+        if not self.trainer.sanity_checking:
+            self.steps.validation_due = False
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
@@ -303,6 +364,10 @@ class LanguageModule(L.LightningModule):
         """`prompt` (1, t) and its continuation as text."""
         tokens = generate(self.net, prompt, self.generation, vocab_size=self.data.vocab_size)
         return self.data.decode(tokens[0].tolist())
+
+
+def _floats(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def _dummy(rows: int, length: int, device: torch.device) -> Tensor:
