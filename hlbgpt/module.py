@@ -19,11 +19,12 @@ from torchmetrics import MeanMetric
 
 from hlbgpt import resume
 from hlbgpt.checkpoint_io import WholeCheckpointIO
-from hlbgpt.clock import Stopwatch, synchronize
+from hlbgpt.compiling import compile_in_place, warm_up
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
 from hlbgpt.generate import Generation, generate
-from hlbgpt.models import Network, TokenScores
+from hlbgpt.models import Network
+from hlbgpt.models.base import token_scores
 from hlbgpt.optim import parameter_groups
 from hlbgpt.seeds import run_seed
 from hlbgpt.steps import StepPlan
@@ -104,13 +105,7 @@ class LanguageModule(L.LightningModule):
         """Compile in place, which leaves the names in checkpoints as they are."""
         if not self.compile_net or self.trainer.predicting:
             return
-        if self.trainer.strategy.root_device.type == "cpu":
-            # Inductor adds up an embedding's gradients in whatever order its threads come; this
-            # makes a run the same every time.
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, needs no one
-        if self.net._compiled_call_impl is None:
-            self.net.compile()
+        compile_in_place(self.net, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = self._build_optimizer()
@@ -144,31 +139,13 @@ class LanguageModule(L.LightningModule):
             f"tokens ({train.tokenizer}); micro-batch: {step:,} tokens; {self.trainer.precision}"
         )
         if self.compile_net:
-            self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Compile before the clock runs: each shape of a batch once, on dummy tokens.
-
-        No optimizer step is made, gradients are dropped and the random state is restored, so
-        training starts as it would have without.
-        """
-        watch, data = Stopwatch(), self.data
-        watch.start()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            tokens = _dummy(data.micro_batch_size, data.sequence_length, self.device)
-            self.net.train()
-            loss = self.net(tokens[:, :-1], tokens[:, 1:])
-            loss.backward()
-            self.net.zero_grad(set_to_none=True)
-            tokens = _dummy(data.eval_batch_size, data.eval_sequence_length, self.device)
-            self.net.eval()
-            with torch.no_grad():
-                self._scores(tokens)
-            self.net.train()
-        synchronize(self.device)
-        watch.stop()
-        self.compile_seconds += watch.seconds
+            with self.trainer.precision_plugin.forward_context():
+                self.compile_seconds += warm_up(
+                    self.net,
+                    train_shape=(data.micro_batch_size, data.sequence_length),
+                    eval_shape=(data.eval_batch_size, data.eval_sequence_length),
+                    device=self.device,
+                )
 
     # --- training -----------------------------------------------------------------------------
 
@@ -333,11 +310,8 @@ class LanguageModule(L.LightningModule):
     def on_validation_end(self) -> None:
         self._restart_throughput()
 
-    def _scores(self, batch: Tensor) -> TokenScores:
-        return self.net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)
-
     def _measure(self, batch: Tensor) -> None:
-        scores, counted = self._scores(batch), batch[:, 1:] >= 0
+        scores, counted = token_scores(self.net, batch), batch[:, 1:] >= 0
         self.eval_loss.update(scores.loss.double(), counted)
         self.eval_accuracy.update(scores.correct.double(), counted)
 
@@ -368,7 +342,3 @@ class LanguageModule(L.LightningModule):
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
-
-
-def _dummy(rows: int, length: int, device: torch.device) -> Tensor:
-    return torch.zeros(rows, length + 1, dtype=torch.int64, device=device)

@@ -77,13 +77,13 @@ def test_everything_is_compiled_before_the_clock(
         module, data = make(folder, tmp_path, lr=0.1, eval_batch_size=16)
         module.compile_net = compiled
         seen: list[int] = []
-        warm_up = module._warm_up
+        start = module.on_fit_start
 
         def counted() -> None:
-            warm_up()
+            start()
             seen.append(counters["stats"]["unique_graphs"])
 
-        module._warm_up = counted
+        module.on_fit_start = counted
         torch.manual_seed(1)
         run = trainer(
             tmp_path,
@@ -94,7 +94,7 @@ def test_everything_is_compiled_before_the_clock(
         )
         run.fit(module, data)
         state = {"weights": [p.detach().clone() for p in module.parameters()]}
-        return state, seen[0] if seen else 0, counters["stats"]["unique_graphs"]
+        return state, seen[0], counters["stats"]["unique_graphs"]
 
     counters.clear()
     state, warm, end = run(compiled=True)

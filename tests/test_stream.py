@@ -80,9 +80,42 @@ def test_order_changes_with_pass_and_seed() -> None:
     assert not torch.equal(feed.batch(0), stream(1000, 5, 4, seed=1).batch(0))
 
 
-def test_state_of_another_stream_is_refused() -> None:
-    with pytest.raises(ValueError, match="has batch_size 4, this run has 8"):
-        stream(1000, 5, 8).load_state_dict(stream(1000, 5, 4).state_dict())
+@given(sizes, st.integers(0, 40), st.integers(1, 6), st.integers(1, 3))
+def test_a_batch_of_another_size_goes_on_with_the_next_window(
+    size: tuple[int, int, int, int], taken: int, batch: int, world: int
+) -> None:
+    """Twice: the order of the windows is that of a stream that never stopped."""
+    tokens, length, first_batch, seed = size
+    feed = stream(tokens, length, first_batch, seed=seed)
+    rows = list(torch.cat(list(islice(feed, taken + 1))))[: taken * first_batch]
+    feed = stream(tokens, length, first_batch, seed=seed)
+    list(islice(feed, taken))
+    for sizes in ((batch, world), (first_batch, 1)):
+        state = feed.state_dict()
+        ranks = [
+            stream(tokens, length, sizes[0], seed=seed, rank=rank, world=sizes[1])
+            for rank in range(sizes[1])
+        ]
+        for feed in ranks:
+            feed.load_state_dict(state)
+        for parts in zip(*(islice(feed, 3) for feed in ranks), strict=True):
+            rows += list(torch.cat(parts))
+        feed = ranks[0]
+    whole = stream(tokens, length, 1, seed=seed)
+    for row, expected in zip(rows, whole, strict=False):
+        assert torch.equal(row, expected[0])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"length": 7}, {"tokens": 900}])
+def test_another_order_starts_with_a_new_pass(change: dict[str, int]) -> None:
+    feed = stream(1000, 5, 4)
+    list(islice(feed, 60))  # 49 batches and 3 windows in a pass
+    other = stream(**{"tokens": 1000, "length": 5, "batch": 4, **change})
+    other.load_state_dict(feed.state_dict())
+    starts = torch.cat([other.batch(i) for i in range(len(other))])[:, 0].tolist()
+    assert len(set(starts)) == len(starts)
+    windows = other.windows_per_pass
+    assert other._start(2 * windows) == starts[0]  # of the third pass
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10])

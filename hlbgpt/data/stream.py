@@ -40,7 +40,7 @@ class TokenStream:
         world_size: int = 1,
     ) -> None:
         # Windows that fit from every phase: the first starts at T - 1 at the latest.
-        self.windows_per_pass = max(0, len(tokens) - sequence_length) // sequence_length
+        self.windows_per_pass = _windows_per_pass(len(tokens), sequence_length)
         if self.windows_per_pass < batch_size * world_size:
             raise ValueError(
                 f"{len(tokens)} tokens hold {self.windows_per_pass} windows of {sequence_length}, "
@@ -49,7 +49,7 @@ class TokenStream:
         self._tokens = tokens
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.next_batch = 0
+        self.next_batch = self._origin = 0
         self._pass: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -64,8 +64,8 @@ class TokenStream:
             yield batch
 
     def batch(self, index: int) -> torch.Tensor:
-        """Batch `index` counted from the start of training: (B, T + 1) uint16."""
-        first = (index * self.world_size + self.rank) * self.batch_size
+        """Batch `index` counted from the start of training (or of a new order): (B, T + 1)."""
+        first = self._origin + (index * self.world_size + self.rank) * self.batch_size
         starts = np.array([self._start(i) for i in range(first, first + self.batch_size)])
         windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.sequence_length + 1)
         return torch.from_numpy(windows[starts])
@@ -93,17 +93,29 @@ class TokenStream:
         }
 
     def state_dict(self) -> dict[str, int]:
-        return {"next_batch": self.next_batch, **self._identity()}
+        return {"next_batch": self.next_batch, "origin": self._origin, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises ValueError if it is of another stream."""
-        for key, value in self._identity().items():
-            if state[key] != value:
-                raise ValueError(
-                    f"the checkpoint's data stream has {key} {state[key]}, this run has {value}; "
-                    "with another stream the order of the data cannot be continued"
-                )
-        self.next_batch = state["next_batch"]
+        """Go on where `state` was taken.
+
+        With a batch of another size the order of the windows goes on; with another text, seed or
+        sequence length there is another order, which starts with a new pass.
+        """
+        self.next_batch, self._origin = state["next_batch"], state["origin"]
+        ours = self._identity()
+        changed = {key for key in ours if ours[key] != state[key]}
+        if not changed:
+            return
+        rows = state["batch_size"] * state["world_size"]
+        self._origin, self.next_batch = state["origin"] + state["next_batch"] * rows, 0
+        if changed - {"batch_size", "world_size"}:
+            windows = _windows_per_pass(state["tokens"], state["sequence_length"])
+            passes = -(-self._origin // windows)
+            self._origin = passes * self.windows_per_pass
+
+
+def _windows_per_pass(tokens: int, sequence_length: int) -> int:
+    return max(0, tokens - sequence_length) // sequence_length
 
 
 class WindowStream:

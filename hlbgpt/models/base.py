@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hlbgpt.models.head import TokenScores
+
 
 class Network(nn.Module):
     """Base of all networks.
@@ -30,3 +32,8 @@ class Network(nn.Module):
             `hlbgpt.models.score`, which makes both from logits.
         """
         raise NotImplementedError
+
+
+def token_scores(net: Network, batch: Tensor) -> TokenScores:
+    """Score an evaluation batch (B, T + 1) int64, in which -1 fills up short windows."""
+    return net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)

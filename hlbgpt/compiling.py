@@ -1,0 +1,52 @@
+"""torch.compile: in place, the same result every time, and before the clock runs."""
+
+import torch
+from torch import Tensor
+
+from hlbgpt.clock import Stopwatch, synchronize
+from hlbgpt.models import Network
+from hlbgpt.models.base import token_scores
+
+
+def compile_in_place(net: Network, device: torch.device) -> None:
+    """Let `net` run compiled on `device`; names in checkpoints stay as they are. Idempotent."""
+    if device.type == "cpu":
+        # Inductor adds up an embedding's gradients in whatever order its threads come; in this
+        # mode a run is the same every time.
+        torch.use_deterministic_algorithms(True)
+        # Would cost time, and nothing here reads memory that it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if net._compiled_call_impl is None:
+        net.compile()
+
+
+def warm_up(
+    net: Network,
+    *,
+    train_shape: tuple[int, int],
+    eval_shape: tuple[int, int],
+    device: torch.device,
+) -> float:
+    """Compile for each shape (B, T) of a batch, on dummy tokens; returns the seconds it took.
+
+    No optimizer step is made, gradients are dropped and the random state is restored, so training
+    starts as it would have without.
+    """
+    watch = Stopwatch()
+    watch.start()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        tokens = _dummy(*train_shape, device)
+        net.train()
+        net(tokens[:, :-1], tokens[:, 1:]).backward()
+        net.zero_grad(set_to_none=True)
+        net.eval()
+        with torch.no_grad():
+            token_scores(net, _dummy(*eval_shape, device))
+        net.train()
+    synchronize(device)
+    watch.stop()
+    return watch.seconds
+
+
+def _dummy(rows: int, length: int, device: torch.device) -> Tensor:
+    return torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
