@@ -16,10 +16,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
+from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.checkpoint_io import load_checkpoint
 from hlbgpt.data import TokenDataModule
-from hlbgpt.errors import InputError
+from hlbgpt.errors import DivergedError, InputError
 from hlbgpt.folders import (
     RUNS,
     claim_folder,
@@ -35,7 +36,7 @@ from hlbgpt.folders import (
     sole_owner,
 )
 from hlbgpt.module import LanguageModule
-from hlbgpt.resume import KEY, require_resumable
+from hlbgpt.resume import KEY, require_resumable, require_steps_left
 from hlbgpt.saved_config import (
     IN_CHECKPOINT,
     SaveConfig,
@@ -88,6 +89,7 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(StopOnDivergence, "divergence")
         parser.add_lightning_class_args(TimeToTarget, "time_to_target")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 
@@ -116,6 +118,8 @@ class CLI(LightningCLI):
             raise InputError(f"ckpt_path: no file {config.ckpt_path!r}; name a checkpoint (.ckpt)")
         self.checkpoint = load_checkpoint(config.ckpt_path)
         self.checkpoint_path = Path(config.ckpt_path)
+        if self.subcommand == "fit":
+            require_resumable(self.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what the config leaves open, without writing it into the saved config."""
@@ -159,10 +163,12 @@ class CLI(LightningCLI):
         if not self.checkpoint:
             return
         self._require_matching()
-        require_resumable(self.checkpoint, self.trainer.max_steps)
+        # A run killed after its last step has still to write its record.
+        if not (self.checkpoint_path and is_unfinished(self.checkpoint_path)):
+            require_steps_left(self.checkpoint, self.trainer.max_steps)
         stored = self.checkpoint.get(IN_CHECKPOINT)
         if stored and "LOCAL_RANK" not in os.environ:
-            now = self.parser.dump(self.config[self.subcommand], skip_none=False)
+            now = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             for line in changed_settings(stored, now):
                 print(f"resume: {line}")
         self.checkpoint = {}  # the trainer reads it again
@@ -217,12 +223,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.argv[1:] = with_saved_config(sys.argv[1:] if arguments is None else arguments)
         with contextlib.ExitStack() as resources:
             CLI(resources)
-    except (InputError, MisconfigurationException, OSError) as error:
-        drop_folder_without_steps()
+    except (InputError, MisconfigurationException, OSError, DivergedError) as error:
+        diverged = isinstance(error, DivergedError)
+        if not diverged:
+            drop_folder_without_steps()
         if os.environ.get("HLBGPT_TRACEBACK"):
             raise
         sys.stderr.write(f"hlbgpt: error: {_one_line(error)}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(1 if diverged else 2) from None
     except (SystemExit, KeyboardInterrupt) as stop:
         drop_folder_without_steps()
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):

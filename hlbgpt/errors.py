@@ -1,10 +1,17 @@
-"""The one exception for what a user can put right."""
+"""Exceptions whose message is all that a user needs."""
 
 
 class InputError(ValueError):
     """Bad input: a single line that names the key or file, what was found and what to do.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class DivergedError(RuntimeError):
+    """Training ran into numbers that are not finite; a single line that says when.
+
+    The command line prints it without a traceback and exits with code 1.
     """
 
 

@@ -211,6 +211,11 @@ class LanguageModule(L.LightningModule):
         call._call_callback_hooks(self.trainer, "on_before_zero_grad", optimizer)
         optimizer.zero_grad()
 
+    def skip_step(self) -> None:
+        """Leave the current step out; to be called before the optimizer steps."""
+        self.steps.skipped = True
+        self.net.zero_grad(set_to_none=True)
+
     @property
     def step_loss(self) -> Tensor:
         """Mean loss of the step's micro-batches so far, in nats; a scalar on the device."""
@@ -223,7 +228,7 @@ class LanguageModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log, but only every `trainer.log_every_n_steps` steps: every value costs time."""
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.global_step + 1) % interval:
+        if (self.trainer.global_step + 1) % interval or self.steps.skipped:
             return
         values: dict[str, Any] = {
             "train_loss": self.step_loss,
@@ -271,7 +276,7 @@ class LanguageModule(L.LightningModule):
         self.require_matching(checkpoint, "the checkpoint")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        resume.require_resumable(checkpoint, self.trainer.max_steps)
+        resume.require_resumable(checkpoint)
         self._resumed = checkpoint[resume.KEY]
         self.tokens_seen = self._resumed["tokens_seen"]
         for line in resume.keep_typed(checkpoint, *self._build_optimizer()):

@@ -136,13 +136,17 @@ def continue_loops(trainer: L.Trainer, steps: StepPlan) -> None:
         trainer.fit_loop._data_fetcher.done = True  # nothing but the pass's end is left to do
 
 
-def require_resumable(checkpoint: dict[str, Any], max_steps: int) -> None:
-    """Raise InputError where training cannot go on from `checkpoint`, or has nothing left to do."""
+def require_resumable(checkpoint: dict[str, Any]) -> None:
+    """Raise InputError where training cannot go on from `checkpoint`."""
     if KEY not in checkpoint or "optimizer_states" not in checkpoint:
         raise InputError(
             "ckpt_path: the checkpoint holds weights only, without the state to go on training "
             "from; use one saved during `fit` (last.ckpt)"
         )
+
+
+def require_steps_left(checkpoint: dict[str, Any], max_steps: int) -> None:
+    """Raise InputError where the run of `checkpoint` has made `max_steps` already."""
     if 0 <= max_steps <= (step := checkpoint["global_step"]):
         raise InputError(
             f"trainer.max_steps: {max_steps}, but the checkpoint is at step {step} already; set it "

@@ -26,13 +26,14 @@ class StepPlan:
         end: Number of the batch within the pass at which the current step ends.
         losses: Of the current step's micro-batches so far, on the device.
         validation_due: Whether a validation follows the current batch and has not been made.
+        skipped: Whether the current step is left out: it has no gradients.
     """
 
     def __init__(self) -> None:
         self.micro_batches = 1
         self.size = self.end = 0
         self.losses: list[Tensor] = []
-        self.validation_due = False
+        self.validation_due = self.skipped = False
         self._interval: float | None = None
 
     def begin_run(self, trainer: L.Trainer) -> None:
@@ -45,7 +46,7 @@ class StepPlan:
             left = int(trainer.num_training_batches) - batch_idx
             self.size = max(1, min(self.micro_batches, left))
             self.end = batch_idx + self.size
-            self.losses = []
+            self.losses, self.skipped = [], False
             trainer.accumulate_grad_batches = self.end
         self.validation_due = batch_idx + 1 == self.end and self._validates(trainer, batch_idx)
         if isinstance(self._interval, int):

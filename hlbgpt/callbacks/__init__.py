@@ -2,6 +2,7 @@
 
 from hlbgpt.callbacks.batch_growth import BatchGrowth
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
+from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.samples import PrintSample
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
@@ -11,5 +12,6 @@ __all__ = [
     "LastCheckpoint",
     "LossScaledWeightDecay",
     "PrintSample",
+    "StopOnDivergence",
     "TimeToTarget",
 ]

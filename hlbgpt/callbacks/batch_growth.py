@@ -53,6 +53,8 @@ class BatchGrowth(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
+        if pl_module.steps.skipped:
+            return
         # From seed and step: the same on every rank, and after a restart.
         coin = random.Random(f"{run_seed()} {trainer.global_step}").random()
         self.update(pl_module.grad_norm().item(), coin=coin)

@@ -1,14 +1,18 @@
 """The run's checkpoint: kept at every validation, at the end, and when the run is told to stop."""
 
+import math
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch.nn.utils import get_total_norm
 
+from hlbgpt.errors import DivergedError
 from hlbgpt.folders import last_checkpoint, run_folder
 from hlbgpt.module import LanguageModule
 
@@ -54,9 +58,21 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         folder = run_folder(trainer)
         if folder and trainer.state.fn == "fit" and self._saved_at != trainer.global_step:
+            self._require_finite_weights(trainer, folder)
             # With the optimizer's state.
             trainer.save_checkpoint(last_checkpoint(folder), weights_only=False)
             self._saved_at = trainer.global_step  # with its validation, if one was due
+
+    def _require_finite_weights(self, trainer: L.Trainer, folder: Path) -> None:
+        """Weights that are no numbers never replace good ones, whoever asks for them to be kept."""
+        norm = get_total_norm(trainer.lightning_module.parameters())
+        if not math.isfinite(float(norm)):
+            path = last_checkpoint(folder)
+            kept = f"{path} still holds good ones" if path.is_file() else "nothing was saved"
+            raise DivergedError(
+                f"diverged: weights are not finite at step {trainer.global_step}; {kept}; lower "
+                "the learning rate"
+            )
 
     # --- signals ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from hlbgpt.clock import Stopwatch, process_seconds, synchronize
 from hlbgpt.errors import InputError
-from hlbgpt.folders import run_folder
+from hlbgpt.folders import RECORD, run_folder
 from hlbgpt.module import LanguageModule
 from hlbgpt.seeds import run_seed
 
@@ -48,14 +48,19 @@ class TimeToTarget(L.Callback):
         self.train, self.validation = Stopwatch(), Stopwatch()
         self._compile_before = self._wall_before = 0.0
         self._compiled = 0.0
-        self._values: list[tuple[float, int]] = []  # monitored value and step, at each validation
+        self._last_value: tuple[float, int] | None = None  # monitored value, and at which step
         self._reached = False
+        self._record: dict[str, Any] | None = None
 
     # --- the clocks ---------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         self._compiled = pl_module.compile_seconds
+        self._record = None
+        if self._last_value and self._is_met(self._last_value[0]):
+            self._reached = trainer.should_stop = True  # by the run that is resumed
+            return
         synchronize(pl_module.device)
         self.train.start()
 
@@ -74,9 +79,8 @@ class TimeToTarget(L.Callback):
         synchronize(pl_module.device)
         self.validation.stop()
         value = self._value(trainer)
-        self._values.append((value, trainer.global_step))
-        met = value <= self.target if self.mode == "min" else value >= self.target
-        self._reached = trainer.strategy.reduce_boolean_decision(met)
+        self._last_value = value, trainer.global_step
+        self._reached = trainer.strategy.reduce_boolean_decision(self._is_met(value))
         if self._reached:
             trainer.should_stop = True
             self._publish(trainer, pl_module)
@@ -92,15 +96,25 @@ class TimeToTarget(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         synchronize(pl_module.device)
         self.train.stop()
-        if not self._reached:
+        if self._record is None:
             self._publish(trainer, pl_module)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        # Stopped by hand: what was measured so far is still worth having.
-        if isinstance(exception, KeyboardInterrupt) and self.train.seconds > 0:
-            self.on_train_end(trainer, pl_module)
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the record, last of all: a folder without one holds a run to be gone on with."""
+        assert isinstance(pl_module, LanguageModule)
+        if self._record is None:  # resumed with nothing left to do
+            self._publish(trainer, pl_module)
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / RECORD
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._record, indent=2) + "\n")
+        temporary.replace(path)
+
+    def _is_met(self, value: float) -> bool:
+        return value <= self.target if self.mode == "min" else value >= self.target
 
     def _value(self, trainer: L.Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:
@@ -110,7 +124,8 @@ class TimeToTarget(L.Callback):
             )
         return float(trainer.callback_metrics[self.monitor])
 
-    def state_dict(self) -> dict[str, Any]:
+    def clocks(self) -> dict[str, float]:
+        """All clocks in seconds, those of earlier processes of the run included."""
         return {
             "train_seconds": self.train.seconds,
             "validation_seconds": self.validation.seconds,
@@ -118,17 +133,21 @@ class TimeToTarget(L.Callback):
             "wall_seconds": self._wall_before + process_seconds(),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.clocks(), "last_value": self._last_value}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train = Stopwatch(state_dict["train_seconds"])
         self.validation = Stopwatch(state_dict["validation_seconds"])
         self._compile_before = state_dict["compile_seconds"]
         self._wall_before = state_dict["wall_seconds"]
+        self._last_value = state_dict["last_value"]
 
     # --- the record ---------------------------------------------------------------------------
 
     def record(self, trainer: L.Trainer, pl_module: LanguageModule) -> dict[str, Any]:
         """The figures as they stand; `value` is the last one monitored, at `value_step`."""
-        value, value_step = self._values[-1] if self._values else (None, None)
+        value, value_step = self._last_value or (None, None)
         folder = run_folder(trainer)
         config = folder / "config.yaml" if folder else None
         device = pl_module.device
@@ -140,7 +159,7 @@ class TimeToTarget(L.Callback):
             "value_step": value_step,
             "step": trainer.global_step,
             "tokens": pl_module.tokens_seen,
-            **self.state_dict(),
+            **self.clocks(),
             "parameters": sum(p.numel() for p in pl_module.net.parameters()),
             "seed": run_seed(),
             "precision": str(trainer.precision),
@@ -154,18 +173,11 @@ class TimeToTarget(L.Callback):
         }
 
     def _publish(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Print, log and write the record."""
-        record = self.record(trainer, pl_module)
-        pl_module.print(_summary(record))
-        folder = run_folder(trainer)
-        if folder is None or not trainer.is_global_zero:
-            return
-        _log_figures(trainer, record)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "record.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(path)
+        """Make the record; print and log it."""
+        self._record = self.record(trainer, pl_module)
+        pl_module.print(_summary(self._record))
+        if run_folder(trainer) is not None and trainer.is_global_zero:
+            _log_figures(trainer, self._record)
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ class LossScaledWeightDecay(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
+        if pl_module.steps.skipped:
+            return
         for group in optimizer.param_groups:
             if group.get("name") == "block_matrices":
                 keep = 1 - group["lr"] * self.strength / pl_module.step_loss**2
