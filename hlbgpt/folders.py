@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 
 from hlbgpt.errors import InputError
+from hlbgpt.locks import locked
 
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
@@ -139,26 +140,3 @@ def sole_owner(folder: Path) -> Iterator[None]:
                 "or stop it first"
             )
         yield
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock on a folder; yields whether it was got, which is certain with `wait`.
-
-    Where the system has no such locks (Windows), nobody is kept out.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)

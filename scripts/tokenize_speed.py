@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from hlbgpt.data import TextFiles
-from hlbgpt.data.tokenfile import build_token_file
+from hlbgpt.data.tokenfile import prepare_token_file
 from hlbgpt.data.tokenizer import load_tokenizer
 
 
@@ -24,7 +24,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         source = TextFiles(train=arguments.text)
-        header = build_token_file(Path(folder) / "tokens", source, "train", encoding).header
+        header = prepare_token_file(
+            Path(folder) / "tokens", source, "train", lambda: encoding
+        ).header
         seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -79,21 +79,19 @@ def test_bad_text_is_one_line(hlbgpt, tiny, capfd, tmp_path: Path, content: byte
     assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, extra)
 
 
-def test_damaged_token_files_are_one_line(hlbgpt, tiny: list[str], capfd) -> None:
+def test_token_files_are_mended_or_refused(hlbgpt, tiny: list[str], capfd) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)
     cache = next(argument.split("=")[1] for argument in tiny if "cache_dir" in argument)
     (path,) = Path(cache).glob("train-*.tokens")
     whole = path.read_bytes()
-
-    def message() -> str:
-        return error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
-
-    path.write_bytes(whole[:-100])
-    assert f"{path}: cut short" in message()
-    path.write_bytes(whole[:-1] + b"\x7f")
-    assert f"{path}: the tokens do not match the checksum" in message()
+    for damage in (whole[:-100], whole[:-1] + b"\x7f"):
+        path.write_bytes(damage)
+        assert f"{path}: " in (out := hlbgpt("fit", *QUICKSTART, *tiny))
+        assert "building it again" in out
+        assert path.read_bytes() == whole
     path.write_bytes(whole.replace(b'"tokenizer": "bytes"', b'"tokenizer": "gpt2 "', 1))
-    assert f"{path}: made with tokenizer 'gpt2 ', but this run asks for 'bytes'" in message()
+    message = error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
+    assert f"{path}: made with tokenizer 'gpt2 ', but this run asks for 'bytes'" in message
     path.write_bytes(whole)
     assert TokenFile(path).header.tokenizer == "bytes"
     hlbgpt("fit", *QUICKSTART, *tiny)

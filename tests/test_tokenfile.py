@@ -2,16 +2,20 @@
 
 import errno
 import os
+import signal
+import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hlbgpt.data.tokenizer as tokenizer
 from hlbgpt.data.text import TextFiles, TextSource
-from hlbgpt.data.tokenfile import TokenFile, build_token_file, token_file_path
+from hlbgpt.data.tokenfile import DamagedFileError, TokenFile, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import load_tokenizer
 from hlbgpt.errors import InputError
 
@@ -34,8 +38,12 @@ class Lines(TextSource):
             yield f" line {i} of many , é . \n"
 
 
+def prepare(path: Path, source: TextSource) -> None:
+    prepare_token_file(path, source, "train", lambda: BYTES)
+
+
 def build(path: Path, source: TextSource | None = None) -> TokenFile:
-    return build_token_file(path, source or Lines(1000), "train", BYTES)
+    return prepare_token_file(path, source or Lines(1000), "train", lambda: BYTES)
 
 
 def test_a_file_holds_the_tokens_and_says_what_they_are(tmp_path: Path) -> None:
@@ -45,7 +53,8 @@ def test_a_file_holds_the_tokens_and_says_what_they_are(tmp_path: Path) -> None:
     assert file.tokens.dtype == np.uint16
     header = file.header
     assert (header.tokenizer, header.vocab_size, header.split) == ("bytes", 256, "train")
-    assert (header.source, header.tokens, header.text_bytes) == ("lines:1000", len(text), len(text))
+    assert (header.tokens, header.text_bytes) == (len(text), len(text))
+    assert header.source == "test_tokenfile.Lines:lines:1000"
     file.verify()
     assert [path.name for path in file.path.parent.iterdir()] == ["a.tokens"]
 
@@ -95,38 +104,162 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (lambda data: data[:-1], "cut short or overwritten"),
         (lambda data: data + b"\0\0", "cut short or overwritten"),
         (lambda data: data[:-2] + b"\1\1", "do not match the checksum"),
-        (lambda data: b"text" + data[4:], "not a token file"),
-        (lambda data: data[:100], "header is damaged"),
-        (lambda data: b"", "not a token file"),
-        (lambda data: data[:7] + b"\x09" + data[8:], "format 09, this version reads 01"),
-        (lambda data: data.replace(b'"tokens"', b'"tokenz"', 1), "header is damaged"),
+        (lambda data: data[:100], "header cannot be read"),
+        (lambda data: data[:7] + b"\x01" + data[8:], "format 01, this version reads 02"),
+        (lambda data: data.replace(b'"tokens"', b'"tokenz"', 1), "header cannot be read"),
+        (lambda data: data.replace(b'"split": "t', b'"split": 7, "', 1), "header cannot be read"),
     ],
 )
-def test_damage_is_noticed(tmp_path: Path, damage, message: str) -> None:
+def test_damage_is_noticed_and_mended(
+    tmp_path: Path, damage, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.tokens"
     build(path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=message):
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    with pytest.raises(DamagedFileError, match=message):
         TokenFile(path).verify()
+    build(path)
+    assert path.read_bytes() == whole
+    out = capsys.readouterr().out
+    assert message in out
+    assert "building it again" in out
+
+
+@pytest.mark.parametrize("content", [b"", b"text", bytes(5000)])
+def test_what_is_no_token_file_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.tokens"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a token file of hlbgpt; delete it or move it away"):
+        build(path)
+    assert path.read_bytes() == content
+
+
+@given(
+    edits=st.lists(
+        st.tuples(
+            st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 9000), st.binary(max_size=9)
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_the_reader_never_hands_out_other_tokens(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[str, int, bytes]]
+) -> None:
+    """Whatever happens to the bytes: an InputError, or the tokens that were written."""
+    path = tmp_path_factory.mktemp("fuzz") / "a.tokens"
+    build(path, Lines(200))
+    expected = TokenFile(path).tokens.tolist()
+    data = path.read_bytes()
+    for kind, place, extra in edits:
+        place %= len(data) + 1
+        if kind == "cut":
+            data = data[:place]
+        elif kind == "insert":
+            data = data[:place] + extra + data[place:]
+        else:
+            data = (
+                data[:place]
+                + bytes(b ^ 255 for b in data[place : place + len(extra)])
+                + (data[place + len(extra) :])
+            )
+    path.write_bytes(data)
+    try:
+        file = TokenFile(path)
+        file.verify()
+    except InputError:
+        return
+    assert file.tokens.tolist() == expected
+
+
+# --- several processes, and processes that die ------------------------------------------------
+
+
+class Witnessed(Lines):
+    """Leaves a file behind for each time it is read, and reads slowly."""
+
+    def __init__(self, folder: Path, pause: float = 0.0) -> None:
+        super().__init__(300)
+        self.folder, self.pause = folder, pause
+
+    def chunks(self, split: str) -> Iterator[str]:
+        (self.folder / f"read_by_{os.getpid()}").touch()
+        for line in super().chunks(split):
+            time.sleep(self.pause)
+            yield line
+
+
+def in_child(work: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_four_processes_build_a_file_once(tmp_path: Path) -> None:
+    source, path = Witnessed(tmp_path, pause=1e-3), tmp_path / "cache" / "a.tokens"
+    children = [in_child(lambda: prepare(path, source)) for _ in range(4)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert len(list(tmp_path.glob("read_by_*"))) == 1
+    assert [path.name for path in path.parent.iterdir()] == ["a.tokens"]
+    TokenFile(path).verify()
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "a.tokens"
+    source = Witnessed(tmp_path, pause=5e-3)
+    for _ in range(3):
+        child = in_child(lambda: prepare(path, source))
+        while not list(path.parent.glob("*.tmp")):
+            time.sleep(1e-3)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not path.exists()
+        assert len(list(path.parent.glob("*.tmp"))) == 1
+    prepare(path, Lines(300))
+    assert [path.name for path in path.parent.iterdir()] == ["a.tokens"]
+    TokenFile(path).verify()
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    class Changing(Lines):
+        def chunks(self, split: str) -> Iterator[str]:
+            yield from super().chunks(split)
+            self.count += 1
+
+    with pytest.raises(InputError, match="changed while it was tokenized"):
+        build(tmp_path / "a.tokens", Changing(10))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("field", ["tokenizer", "source", "split"])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, field: str) -> None:
     file = build(tmp_path / "a.tokens")
-    wanted = {"tokenizer": "bytes", "source": "lines:1000", "split": "train"}
+    wanted = {"tokenizer": "bytes", "source": file.header.source, "split": "train"}
     file.require(**wanted)
     with pytest.raises(InputError, match=f"made with {field} .*, but this run asks for 'other'"):
         file.require(**{**wanted, field: "other"})
 
 
+class SameFingerprint(Lines):
+    """Another text under the same name."""
+
+
 def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
     names = {
         token_file_path(tmp_path, source, split, tokenizer).name
-        for source in (Lines(1), Lines(2))
+        for source in (Lines(1), Lines(2), SameFingerprint(1))
         for split in ("train", "test")
         for tokenizer in ("gpt2", "bytes")
     }
-    assert len(names) == 8
+    assert len(names) == 12
 
 
 def test_memory_does_not_grow_with_the_text(
@@ -148,5 +281,5 @@ def test_memory_does_not_grow_with_the_text(
 
 def test_real_text_file(tmp_path: Path, test_data: Path) -> None:
     source = TextFiles(test=str(test_data / "wikitext" / "wiki.test.raw"))
-    file = build_token_file(tmp_path / "a.tokens", source, "test", BYTES)
+    file = prepare_token_file(tmp_path / "a.tokens", source, "test", lambda: BYTES)
     assert file.header.tokens == file.header.text_bytes == 1_290_590

@@ -10,7 +10,7 @@ import torch
 
 from hlbgpt.data.stream import PADDING, PromptStream, TokenStream, WindowStream
 from hlbgpt.data.text import SPLITS, TextSource
-from hlbgpt.data.tokenfile import TokenFile, build_token_file, token_file_path
+from hlbgpt.data.tokenfile import TokenFile, identity, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
 from hlbgpt.errors import InputError, require_positive
 from hlbgpt.seeds import run_seed
@@ -85,17 +85,13 @@ class TokenDataModule(L.LightningDataModule):
         return VOCAB_SIZES[self.tokenizer]
 
     def prepare_data(self) -> None:
-        """Tokenize what the cache does not hold yet, and verify what it holds.
+        """Tokenize what the cache does not hold whole; damaged files are built again.
 
-        Raises InputError for text that cannot be read and for token files that cannot be trusted.
+        Raises InputError for text that cannot be read and for files of something else.
         """
         stage = self.trainer.state.fn if self.trainer else None
         for split in self._splits(stage.value if stage else None):
-            path = self._path(split)
-            if not path.exists():
-                build_token_file(path, self.source, split, self.encoding)
-            else:
-                self._open(split).verify()
+            prepare_token_file(self._path(split), self.source, split, lambda: self.encoding)
 
     def setup(self, stage: str | None = None) -> None:
         """Map the token files that `stage` needs. Raises InputError for a text too short."""
@@ -120,8 +116,8 @@ class TokenDataModule(L.LightningDataModule):
 
     def _open(self, split: str) -> TokenFile:
         file = TokenFile(self._path(split))
-        fingerprint = self.source.fingerprint(split)
-        file.require(tokenizer=self.tokenizer, source=fingerprint, split=split)
+        made_from = identity(self.source, split)
+        file.require(tokenizer=self.tokenizer, source=made_from, split=split)
         return file
 
     def _require_window(self, split: str) -> None:

@@ -4,8 +4,9 @@
     bytes 8..4095    the header's fields as JSON, padded with spaces
     bytes 4096..     the tokens, little-endian uint16
 
-It is written under a temporary name and renamed when whole. Opening it checks magic, version,
-length and what it was made from, at no cost; `verify` reads the tokens and compares the checksum.
+It is written under a temporary name and renamed when whole. Opening it checks magic, version and
+length at no cost; `verify` reads the tokens and compares the checksum, as every start of a run
+does, once.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,15 @@ from rich.progress import (
 from hlbgpt.data.text import TextSource
 from hlbgpt.data.tokenizer import StreamEncoder
 from hlbgpt.errors import InputError
+from hlbgpt.locks import locked
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAGIC = b"hlbgpt\x00" + bytes([FORMAT_VERSION])
 _HEADER_BYTES = 4096
+
+
+class DamagedFileError(InputError):
+    """A token file that is not whole, or of an older format: to be built again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,12 @@ class Header:
     tokens: int
     text_bytes: int  # in UTF-8
     crc32: int  # of the tokens as stored
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise TypeError(f"{field.name}: {value!r} is no {field.type}")
 
     def pack(self) -> bytes:
         fields = json.dumps(dataclasses.asdict(self)).encode()
@@ -64,7 +76,8 @@ class TokenFile:
         tokens: (N,) uint16, memory-mapped.
 
     Raises:
-        InputError: it is no token file, of another format version, or not whole.
+        DamagedFileError: it is not whole, or of another format version.
+        InputError: it is no token file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,9 +85,9 @@ class TokenFile:
         self.header = _read_header(path)
         found = path.stat().st_size - _HEADER_BYTES
         if found != 2 * self.header.tokens:
-            raise InputError(
+            raise DamagedFileError(
                 f"{path}: cut short or overwritten: its header promises {self.header.tokens} "
-                f"tokens, the file holds {found // 2}; delete it, and it is built again"
+                f"tokens, the file holds {found // 2}"
             )
         # An empty file cannot be mapped; an empty split is refused elsewhere, with its own words.
         self.tokens: np.ndarray = (
@@ -94,11 +107,10 @@ class TokenFile:
                 )
 
     def verify(self) -> None:
-        """Raise InputError unless the tokens match the header's checksum (about 2 GB/s)."""
+        """Raise DamagedFileError unless the tokens match the header's checksum (about 2 GB/s)."""
         if zlib.crc32(self.tokens.data) != self.header.crc32:
-            raise InputError(
-                f"{self.path}: the tokens do not match the checksum in the header, so the file was "
-                "damaged; delete it, and it is built again"
+            raise DamagedFileError(
+                f"{self.path}: damaged: the tokens do not match the checksum in the header"
             )
 
 
@@ -109,40 +121,55 @@ def _read_header(path: Path) -> Header:
     if magic[:-1] != _MAGIC[:-1]:
         raise InputError(f"{path}: not a token file of hlbgpt; delete it or move it away")
     if magic != _MAGIC:
-        raise InputError(
+        raise DamagedFileError(
             f"{path}: token file of format {magic[-1:].hex()}, this version reads "
-            f"{FORMAT_VERSION:02x}; delete it, and it is built again"
+            f"{FORMAT_VERSION:02x}"
         )
     try:
         return Header(**json.loads(fields))
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: its header is damaged; delete it, and it is built again"
-        ) from error
+        raise DamagedFileError(f"{path}: damaged: its header cannot be read") from error
+
+
+def identity(source: TextSource, split: str) -> str:
+    """What a token file says of its text: sources of two classes never share one."""
+    return f"{type(source).__module__}.{type(source).__qualname__}:{source.fingerprint(split)}"
 
 
 def token_file_path(cache: Path, source: TextSource, split: str, tokenizer: str) -> Path:
     """Where the token file lies: the name changes with the text, the tokenizer and the format."""
-    key = f"{FORMAT_VERSION}|{tokenizer}|{source.fingerprint(split)}"
+    key = f"{FORMAT_VERSION}|{tokenizer}|{identity(source, split)}"
     return cache / f"{split}-{tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.tokens"
 
 
-def build_token_file(
-    path: Path, source: TextSource, split: str, encoding: tiktoken.Encoding
+def prepare_token_file(
+    path: Path, source: TextSource, split: str, encoding: Callable[[], tiktoken.Encoding]
 ) -> TokenFile:
-    """Tokenize one split of `source` into `path` in bounded memory, with a progress bar.
+    """Open `path`, after tokenizing one split of `source` into it where it is not there whole.
+
+    Takes bounded memory and shows a progress bar. Of several processes that ask at once, one
+    builds and the others wait. The checksum of a file that is there is verified.
 
     Raises:
         InputError: the text is empty or not readable, or the file cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(temporary, source, split, encoding)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if (file := _open_whole(path)) is not None:
+            return file
+        with locked(path.parent, wait=False) as free:
+            if not free:
+                print(f"waiting for another process that builds token files in {path.parent}")
+        with locked(path.parent, wait=True):
+            if (file := _open_whole(path)) is not None:
+                return file
+            _remove_leftovers(path.parent)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            try:
+                _write(temporary, source, split, encoding())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         where = error.filename or path
         key = "cache_dir" if Path(where).parent in (path.parent, *path.parent.parents) else "source"
@@ -151,8 +178,29 @@ def build_token_file(
     return TokenFile(path)
 
 
+def _open_whole(path: Path) -> TokenFile | None:
+    """The token file at `path`; None, with a word of why, if it is to be built."""
+    if not path.exists():
+        return None
+    try:
+        file = TokenFile(path)
+        file.verify()
+    except DamagedFileError as error:
+        print(f"{error}: building it again")
+        return None
+    return file
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What builds that were killed left behind; the lock says that none is under way."""
+    if os.name == "posix":
+        for leftover in folder.glob("*.tokens.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
 def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encoding) -> None:
     crc = tokens = size = 0
+    made_from = identity(source, split)
     with path.open("wb") as file:
         file.write(bytes(_HEADER_BYTES))
         for encoded, text_bytes in StreamEncoder(encoding).encode(_with_progress(source, split)):
@@ -162,10 +210,15 @@ def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encodi
             size += text_bytes
         if tokens == 0:
             raise InputError(f"data.source: the {split} split is empty; name a text with words")
+        if identity(source, split) != made_from:
+            raise InputError(
+                f"data.source: the {split} split changed while it was tokenized; start again when "
+                "nobody writes to it"
+            )
         header = Header(
             tokenizer=encoding.name,
             vocab_size=encoding.n_vocab,
-            source=source.fingerprint(split),
+            source=made_from,
             split=split,
             tokens=tokens,
             text_bytes=size,
