@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-_IMPORTED = time.monotonic()
-
 
 class Stopwatch:
     """Adds up the seconds between `start` and `stop`, in any number of laps.
@@ -46,14 +44,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def process_seconds() -> float:
-    """Seconds since this process started.
+    """Seconds since this process started; those in which the machine slept are not counted."""
+    return _AGE_AT_IMPORT + time.monotonic() - _IMPORTED
+
+
+def _process_age() -> float:
+    """Seconds since this process started, as the system knows it.
 
     Linux keeps the time of birth of each process; elsewhere the count starts at the import of
     this file, a fraction of a second later.
     """
     stat = Path("/proc/self/stat")
     if not stat.exists():
-        return time.monotonic() - _IMPORTED
+        return 0.0
     # Field 22, in clock ticks since boot; the second field may itself hold spaces and brackets.
     born = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - born
+
+
+_IMPORTED, _AGE_AT_IMPORT = time.monotonic(), _process_age()

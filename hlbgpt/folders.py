@@ -34,7 +34,8 @@ def last_checkpoint(folder: Path) -> Path:
 
 def folder_of(checkpoint: str | Path) -> Path:
     """The folder of the run that wrote `checkpoint`, if it lies where runs keep theirs."""
-    return Path(checkpoint).parent.parent
+    path = Path(checkpoint)
+    return path.parents[1] if len(path.parts) > 2 else path.absolute().parents[1]
 
 
 def newest_checkpoint(config_name: str | None) -> Path:
@@ -56,7 +57,7 @@ def is_unfinished(checkpoint: str | Path) -> bool:
     """Whether `checkpoint` is the last of a run in a folder of ours that was cut short."""
     folder = folder_of(checkpoint)
     return (
-        last_checkpoint(folder) == Path(checkpoint)
+        last_checkpoint(folder).absolute() == Path(checkpoint).absolute()
         and Path(checkpoint).is_file()
         and (folder / CONFIG).is_file()
         and not (folder / RECORD).exists()

@@ -67,7 +67,7 @@ def with_saved_config(arguments: list[str]) -> list[str]:
     ]
     if not paths:
         return arguments
-    path = newest_checkpoint(None) if paths[-1] == "last" else Path(paths[-1]).resolve()
+    path = newest_checkpoint(None) if paths[-1] == "last" else Path(paths[-1])
     config = folder_of(path) / CONFIG
     if not config.is_file():
         return arguments

@@ -18,7 +18,8 @@ settings.load_profile("hlbgpt")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = ["--config", str(CONFIGS / "quickstart.yaml")]
-LAST = Path("runs/quickstart/version_0/checkpoints/last.ckpt")
+RUN = Path("runs/quickstart/version_0")
+LAST = RUN / "checkpoints" / "last.ckpt"
 
 # A network and a text small enough to train a few steps in a blink; laid over any config.
 TINY = [

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from hlbgpt.clock import Stopwatch, process_seconds, synchronize
+from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError
 from hlbgpt.folders import RECORD, run_folder
 from hlbgpt.module import LanguageModule
@@ -23,6 +24,7 @@ class TimeToTarget(L.Callback):
 
     - `train_seconds`, the headline: from before the first training step to the start of the
       validation that meets the target, without validations before that one.
+      Of these, `data_seconds` went into making batches.
     - `compile_seconds`: compiling on dummy data before the first step. What compiles later, on
       real data, counts as training.
     - `wall_seconds`: from the start of the process to the target, everything included.
@@ -46,7 +48,8 @@ class TimeToTarget(L.Callback):
     ) -> None:
         self.monitor, self.target, self.mode, self.verbose = monitor, target, mode, verbose
         self.train, self.validation = Stopwatch(), Stopwatch()
-        self._compile_before = self._wall_before = 0.0
+        self._data_before = self._compile_before = self._wall_before = 0.0
+        self._streams: list[TokenStream] = []
         self._compiled = 0.0
         self._last_value: tuple[float, int] | None = None  # monitored value, and at which step
         self._reached = False
@@ -57,6 +60,9 @@ class TimeToTarget(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         self._compiled = pl_module.compile_seconds
+        loader = trainer.fit_loop._combined_loader
+        assert loader is not None
+        self._streams = [s for s in loader.flattened if isinstance(s, TokenStream)]
         self._record = None
         if self._last_value and self._is_met(self._last_value[0]):
             self._reached = trainer.should_stop = True  # by the run that is resumed
@@ -128,10 +134,14 @@ class TimeToTarget(L.Callback):
         """All clocks in seconds, those of earlier processes of the run included."""
         return {
             "train_seconds": self.train.seconds,
+            "data_seconds": self._data_before + self._data_wait(),
             "validation_seconds": self.validation.seconds,
             "compile_seconds": self._compile_before + self._compiled,
             "wall_seconds": self._wall_before + process_seconds(),
         }
+
+    def _data_wait(self) -> float:
+        return sum(stream.wait.seconds for stream in self._streams)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.clocks(), "last_value": self._last_value}
@@ -139,6 +149,7 @@ class TimeToTarget(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train = Stopwatch(state_dict["train_seconds"])
         self.validation = Stopwatch(state_dict["validation_seconds"])
+        self._data_before = state_dict["data_seconds"]
         self._compile_before = state_dict["compile_seconds"]
         self._wall_before = state_dict["wall_seconds"]
         self._last_value = state_dict["last_value"]

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from hlbgpt.clock import Stopwatch
+
 # Fills short windows up to T + 1; no tokenizer here has so many tokens.
 PADDING = 0xFFFF
 
@@ -27,6 +29,9 @@ class TokenStream:
         seed: Determines phases and order.
         rank: Which share this stream hands out.
         world_size: Number of shares.
+
+    Attributes:
+        wait: Time that went into making batches.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class TokenStream:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.next_batch = self._origin = 0
+        self.wait = Stopwatch()
         self._pass: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -59,7 +65,9 @@ class TokenStream:
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Batches without end, from where the stream stands; only taking one moves it on."""
         while True:
+            self.wait.start()
             batch = self.batch(self.next_batch)
+            self.wait.stop()
             self.next_batch += 1
             yield batch
 

@@ -1,0 +1,345 @@
+"""Signals, full disks and second starts: nothing is lost, and the run goes on."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAST, QUICKSTART, RUN
+from test_bad_input import error_of
+from test_resume import assert_same, curves
+
+import hlbgpt.checkpoint_io as checkpoint_io
+from hlbgpt.checkpoint_io import load_checkpoint
+from hlbgpt.folders import sole_owner
+
+# Sends itself a signal, once, in a hook; and keeps its hands off the run else.
+SIGNAL = """
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+
+
+class Signal(L.Callback):
+    '''Sends a signal.
+
+    Args:
+        name: Which.
+        hook: Where.
+        count: At the how-manieth time.
+        times: How often.
+    '''
+
+    def __init__(self, name: str, hook: str, count: int, times: int = 1) -> None:
+        self.name, self.left, self.times = name, count, times
+        setattr(self, hook, self.send)
+
+    def send(self, trainer, *_):
+        if trainer.sanity_checking or Path("sent").exists():
+            return
+        self.left -= 1
+        if self.left == 0:
+            Path("sent").touch()
+            for _ in range(self.times):
+                os.kill(os.getpid(), getattr(signal, self.name))
+"""
+
+
+def signalled(name: str, hook: str, count: int, times: int = 1) -> list[str]:
+    """Arguments that let a run be hit by a signal."""
+    Path("mine.py").write_text(SIGNAL)
+    values = {"name": name, "hook": hook, "count": count, "times": times}
+    return [
+        "--trainer.callbacks+=mine.Signal",
+        *[f"--trainer.callbacks.{key}={value}" for key, value in values.items()],
+    ]
+
+
+@pytest.fixture
+def whole(hlbgpt: Callable[..., str], tiny: list[str], tmp_path: Path) -> Any:
+    """Checkpoint and curves of a run that nothing stops; it is moved out of the way."""
+    hlbgpt("fit", *QUICKSTART, *tiny, *LONGER)
+    Path("runs").rename("whole")
+    return load_checkpoint("whole" / LAST.relative_to("runs")), curves(
+        Path("whole") / RUN.relative_to("runs")
+    )
+
+
+LONGER = [
+    "--trainer.max_steps=12",
+    "--trainer.val_check_interval=4",
+    "--trainer.accumulate_grad_batches=2",
+]
+
+
+def stop_code(run: Callable[..., str], *arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "count", "step"),
+    [
+        ("SIGTERM", "on_train_batch_start", 1, 0),
+        ("SIGTERM", "on_train_batch_start", 2, 1),  # finishes the step: two micro-batches
+        ("SIGINT", "on_train_batch_end", 9, 5),
+        ("SIGTERM", "on_validation_start", 2, 4),
+        ("SIGINT", "on_validation_batch_end", 13, 4),
+        ("SIGTERM", "on_validation_end", 1, 2),
+        ("SIGTERM", "on_before_optimizer_step", 8, 8),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
+    hlbgpt, tiny, whole, capfd, name: str, hook: str, count: int, step: int
+) -> None:
+    extra = signalled(name, hook, count)
+    code = stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra)
+    assert code == {"SIGTERM": 143, "SIGINT": 130}[name]
+    captured = capfd.readouterr()
+    line = f"stopped by {name} after step {step}; go on with: hlbgpt fit --ckpt_path {LAST}"
+    assert captured.out.splitlines()[-1] == line
+    assert "Traceback" not in captured.err
+    assert load_checkpoint(LAST)["global_step"] == step
+    assert not (RUN / "record.json").exists()
+
+    out = hlbgpt(*line.split(": hlbgpt ")[1].split())
+    assert "target NOT met" in out
+    assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]
+    assert json.loads((RUN / "record.json").read_text())["step"] == 12
+    checkpoint, lines = whole
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(checkpoint[part], load_checkpoint(LAST)[part], part)
+    assert_same(lines, curves(RUN))
+
+
+def test_a_signal_in_the_last_validation_lets_the_run_end(hlbgpt, tiny: list[str]) -> None:
+    extra = signalled("SIGTERM", "on_validation_start", 6)
+    out = hlbgpt("fit", *QUICKSTART, *tiny, *LONGER, *extra)
+    assert "target NOT met" in out
+    assert (RUN / "record.json").exists()
+
+
+def test_a_second_signal_stops_at_once(hlbgpt, tiny: list[str], capfd) -> None:
+    extra = signalled("SIGINT", "on_train_batch_start", 5, times=2)
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 130
+    assert "go on with" not in capfd.readouterr().out
+    assert load_checkpoint(LAST)["global_step"] == 2  # of the first validation
+
+
+def test_a_signal_before_the_first_step_leaves_no_folder(hlbgpt, tiny: list[str]) -> None:
+    Path("mine.py").write_text(SIGNAL.replace("trainer.sanity_checking or ", ""))
+    extra = signalled("SIGINT", "on_validation_batch_end", 1)
+    Path("mine.py").write_text(SIGNAL.replace("trainer.sanity_checking or ", ""))
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 130
+    assert not Path("runs").exists()
+
+
+def test_ctrl_c_while_a_text_is_read(hlbgpt, tiny: list[str], capfd) -> None:
+    Path("mine.py").write_text(
+        "import os, signal\nfrom hlbgpt.data import TextFiles\n\nclass Slow(TextFiles):\n"
+        "    def chunks(self, split):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        yield from super().chunks(split)\n"
+    )
+    source = ["--data.source=mine.Slow", tiny[1]]
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny[2:], *source) == 130
+    assert "Traceback" not in capfd.readouterr().err
+    cache = Path(tiny[2].split("=")[1])
+    assert not list(cache.iterdir())
+    assert not Path("runs").exists()
+
+
+def test_slurms_signal_requeues_the_job_and_it_goes_on(
+    hlbgpt, tiny, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"JOB_ID": "77", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}
+    job |= {"NODEID": "0", "NTASKS_PER_NODE": "1", "NODELIST": "here", "NNODES": "1"}
+    for key, value in job.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    command = ["fit", *QUICKSTART, *tiny, *LONGER]
+    extra = signalled("SIGUSR1", "on_train_batch_start", 7)
+    assert stop_code(hlbgpt, *command, *extra) == 128 + signal.SIGUSR1
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    hlbgpt(*command, *extra)  # the same command, as SLURM starts it
+    assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]
+    assert_same(whole[0]["state_dict"], load_checkpoint(LAST)["state_dict"])
+    assert_same(whole[1], curves(RUN))
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    hlbgpt(*command)  # another job
+    assert (RUN.parent / "version_1").is_dir()
+
+
+# --- what is typed is what runs ---------------------------------------------------------------
+
+
+def test_typed_settings_hold_and_differences_are_named(hlbgpt, tiny: list[str], capfd) -> None:
+    extra = signalled("SIGTERM", "on_train_batch_start", 11)
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
+    lower = ["--model.lr_scheduler.max_lr=1e-4", "--model.optimizer.weight_decay=0.7"]
+    out = hlbgpt("fit", "--ckpt_path", "last", *lower, "--data.micro_batch_size=3")
+    named = [line for line in out.splitlines() if line.startswith("resume: ")]
+    for difference in (
+        "model.optimizer.init_args.weight_decay: 0.1 in the checkpoint, 0.7 now",
+        "model.lr_scheduler.init_args.max_lr: 0.003 in the checkpoint, 0.0001 now",
+        "data.micro_batch_size: 4 in the checkpoint, 3 now",
+    ):
+        assert f"resume: {difference}" in named
+    groups = load_checkpoint(LAST)["optimizer_states"][0]["param_groups"]
+    decays = {group["name"]: group["weight_decay"] for group in groups}
+    assert decays == {"block_matrices": 0.7, "embeddings": 0.0, "vectors": 0.0}
+    rates = [value for _, value in curves(RUN)["lr/embeddings"]]
+    assert max(rates[:6]) > 1e-4
+    assert max(rates[6:]) < 1.5e-5
+    assert load_checkpoint(LAST)["hlbgpt"]["tokens_seen"] == (6 * 4 + 6 * 3) * 2 * 32
+    assert "weight_decay: 0.7" in (RUN / "config.yaml").read_text()
+    assert "weight_decay: 0.1" in (RUN / "config.until_step_6.yaml").read_text()
+
+
+def test_another_optimizer_starts_anew(hlbgpt, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    other = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01"]
+    schedule = "--model.lr_scheduler.cycle_momentum=false"
+    out = hlbgpt("fit", "--ckpt_path", LAST, *other, schedule, "--trainer.max_steps=8")
+    assert "resume: optimizer: torch.optim.adamw.AdamW in the checkpoint" in out
+    assert json.loads((RUN.parent / "version_1/record.json").read_text())["step"] == 8
+
+
+def test_last_is_the_newest_run_of_the_config(hlbgpt, tiny: list[str], capfd) -> None:
+    assert "'last' asked for, but no checkpoint is at" in error_of(
+        hlbgpt, capfd, "fit", *QUICKSTART, "--ckpt_path=last"
+    )
+    for steps in (2, 3):
+        hlbgpt("fit", *QUICKSTART, *tiny, f"--trainer.max_steps={steps}")
+    hlbgpt("fit", *QUICKSTART, *tiny, "--ckpt_path=last", "--trainer.max_steps=5")
+    record = json.loads((RUN.parent / "version_2" / "record.json").read_text())
+    assert record["tokens"] == 5 * 4 * 32
+    assert "val_loss" in hlbgpt("validate", "--ckpt_path", "last")
+
+
+def test_a_run_that_is_going_on_is_left_alone(hlbgpt, tiny: list[str], capfd) -> None:
+    extra = signalled("SIGTERM", "on_train_batch_start", 5)
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
+    with sole_owner(RUN):
+        message = error_of(hlbgpt, capfd, "fit", "--ckpt_path", "last")
+    assert f"the run in {RUN} is still going on in another process" in message
+    hlbgpt("fit", "--ckpt_path", "last")
+
+
+def test_a_run_killed_before_its_record_gets_one(hlbgpt, tiny: list[str]) -> None:
+    """Whether its target was met or not; nothing is trained twice."""
+    for extra in ([], ["--time_to_target.target=9"]):
+        hlbgpt("fit", *QUICKSTART, *tiny, *extra)
+        run = max(Path("runs/quickstart").iterdir())
+        record = json.loads((run / "record.json").read_text())
+        (run / "record.json").unlink()
+        hlbgpt("fit", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+        again = json.loads((run / "record.json").read_text())
+        for key in ("reached", "step", "tokens", "value", "value_step"):
+            assert again[key] == record[key]
+    assert len(list(Path("runs/quickstart").iterdir())) == 2
+
+
+# --- disks ------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    hlbgpt, tiny: list[str], capfd
+) -> None:
+    """A limit on the size of files, which the system enforces as it would a full disk."""
+    extra = signalled("SIGTERM", "on_train_batch_start", 5)
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
+    before = LAST.read_bytes()
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from hlbgpt.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "fit", "--ckpt_path", str(LAST)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"hlbgpt: error: cannot write the checkpoint {LAST}: File too large; ")
+    assert "still holds the one before" in line
+    assert "Traceback" not in done.stderr
+    assert LAST.read_bytes() == before
+    assert [path.name for path in LAST.parent.iterdir()] == ["last.ckpt"]
+    hlbgpt("fit", "--ckpt_path", LAST)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_while_writing(
+    hlbgpt, tiny, capfd, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    write, calls = checkpoint_io._write, []
+
+    def failing(checkpoint: dict[str, Any], path: Path) -> None:
+        write(checkpoint, path)
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint_io, "_write", failing)
+    with pytest.raises(SystemExit) as stop:
+        hlbgpt("fit", *QUICKSTART, *tiny)
+    assert stop.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert f"cannot write the checkpoint {LAST}: {os.strerror(code)}; " in line
+    assert load_checkpoint(LAST)["global_step"] == 2
+    assert [path.name for path in LAST.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_runs_that_cannot_be_written_to(hlbgpt, tiny: list[str], capfd) -> None:
+    Path("runs").write_text("in the way")
+    message = error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
+    assert "runs: cannot make 'runs/quickstart/version_0': Not a directory; run from" in message
+
+
+def test_leftovers_of_a_killed_write_go_with_the_next(hlbgpt, tiny: list[str]) -> None:
+    LAST.parent.mkdir(parents=True)
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    last = RUN.parent / "version_1" / "checkpoints" / "last.ckpt"
+    leftover = last.with_name(".last.ckpt.123.tmp")
+    leftover.write_text("half a checkpoint")
+    (last.parents[1] / "record.json").unlink()
+    hlbgpt("fit", "--ckpt_path", last, "--trainer.max_steps=6")
+    assert not leftover.exists()
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    data = bytearray(LAST.read_bytes())
+    for place in range(2000, len(data), 4001):
+        flipped = bytearray(data)
+        flipped[place] ^= 16
+        LAST.write_bytes(flipped)
+        try:
+            checkpoint = load_checkpoint(LAST)
+        except ValueError as error:  # an InputError
+            assert "ckpt_path: " in str(error)
+        else:  # between the records, where nothing is stored
+            LAST.write_bytes(data)
+            assert_same(checkpoint, load_checkpoint(LAST))
+    LAST.write_bytes(
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    )
+    assert "ckpt_path: " in error_of(hlbgpt, capfd, "validate", "--ckpt_path", str(LAST))
+
+
+def test_torch_writes_what_we_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.arange(5)}}, tmp_path / "a.ckpt")
+    assert load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["a"].tolist() == [0, 1, 2, 3, 4]
