@@ -203,11 +203,11 @@ def test_typed_settings_hold_and_differences_are_named(hlbgpt, tiny: list[str], 
     decays = {group["name"]: group["weight_decay"] for group in groups}
     assert decays == {"block_matrices": 0.7, "embeddings": 0.0, "vectors": 0.0}
     rates = [value for _, value in curves(RUN)["lr/embeddings"]]
-    assert max(rates[:6]) > 1e-4
-    assert max(rates[6:]) < 1.5e-5
-    assert load_checkpoint(LAST)["hlbgpt"]["tokens_seen"] == (6 * 4 + 6 * 3) * 2 * 32
+    assert max(rates[:5]) > 1e-4
+    assert max(rates[5:]) < 1.5e-5
+    assert load_checkpoint(LAST)["hlbgpt"]["tokens_seen"] == (5 * 4 + 7 * 3) * 2 * 32
     assert "weight_decay: 0.7" in (RUN / "config.yaml").read_text()
-    assert "weight_decay: 0.1" in (RUN / "config.until_step_6.yaml").read_text()
+    assert "weight_decay: 0.1" in (RUN / "config.until_step_5.yaml").read_text()
 
 
 def test_another_optimizer_starts_anew(hlbgpt, tiny: list[str]) -> None:
@@ -327,16 +327,12 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(hlbgpt, tiny: list[str], cap
         flipped = bytearray(data)
         flipped[place] ^= 16
         LAST.write_bytes(flipped)
-        try:
+        with contextlib.suppress(InputError):
             checkpoint = load_checkpoint(LAST)
-        except ValueError as error:  # an InputError
-            assert "ckpt_path: " in str(error)
-        else:  # between the records, where nothing is stored
-            LAST.write_bytes(data)
+            LAST.write_bytes(data)  # not refused: a bit between the records, where nothing is kept
             assert_same(checkpoint, load_checkpoint(LAST))
-    LAST.write_bytes(
-        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-    )
+    data[len(data) // 2] ^= 1
+    LAST.write_bytes(data)
     assert "ckpt_path: " in error_of(hlbgpt, capfd, "validate", "--ckpt_path", str(LAST))
 
 
