@@ -1,5 +1,6 @@
 """Signals, full disks and second starts: nothing is lost, and the run goes on."""
 
+import contextlib
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ from test_resume import assert_same, curves
 
 import hlbgpt.checkpoint_io as checkpoint_io
 from hlbgpt.checkpoint_io import load_checkpoint
+from hlbgpt.errors import InputError
 from hlbgpt.folders import sole_owner
 
 # Sends itself a signal, once, in a hook; and keeps its hands off the run else.
