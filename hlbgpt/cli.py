@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +18,7 @@ from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.checkpoint_io import load_checkpoint
+from hlbgpt.checks import require_readable_configs, require_sane
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import DivergedError, InputError
 from hlbgpt.folders import (
@@ -88,6 +88,12 @@ class CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
         )
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(StopOnDivergence, "divergence")
         parser.add_lightning_class_args(TimeToTarget, "time_to_target")
@@ -98,7 +104,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        _require_accelerator(config.trainer.accelerator)
+        require_sane(config.trainer)
         self._find_checkpoint(config)
         if self.subcommand != "fit":
             self.save_config_callback = None
@@ -112,10 +118,12 @@ class CLI(LightningCLI):
             config.ckpt_path = str(newest_checkpoint(name))
         elif config.ckpt_path is None and self.subcommand == "fit":
             config.ckpt_path = requeued_checkpoint(name)
-        if config.ckpt_path in (None, "best", "hpc", "registry"):  # Lightning's business
+        if config.ckpt_path is None:
             return
         if not Path(config.ckpt_path).is_file():
-            raise InputError(f"ckpt_path: no file {config.ckpt_path!r}; name a checkpoint (.ckpt)")
+            raise InputError(
+                f"ckpt_path: no file {config.ckpt_path!r}; name a checkpoint (.ckpt), or 'last'"
+            )
         self.checkpoint = load_checkpoint(config.ckpt_path)
         self.checkpoint_path = Path(config.ckpt_path)
         if self.subcommand == "fit":
@@ -130,7 +138,10 @@ class CLI(LightningCLI):
             kwargs.setdefault("logger", settings.logger or False)
         elif settings.default_root_dir is None and not settings.fast_dev_run:
             kwargs |= self._folder(settings.logger)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise InputError(f"trainer: {error}") from error
 
     def _folder(self, logger: Any) -> dict[str, Any]:
         """Let the run log to a folder that no other run has, runs/<config name>/version_N.
@@ -194,14 +205,6 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def _require_accelerator(name: Any) -> None:
-    if name in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"trainer.accelerator: {name!r} asked for, but torch {torch.__version__} finds no CUDA "
-            "GPU; use --trainer.accelerator cpu, or install a CUDA build of torch and its driver"
-        )
-
-
 def _quieten() -> None:
     """Drop Lightning's advertisements, and warnings about its own code."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -220,7 +223,9 @@ def main(arguments: list[str] | None = None) -> None:
     forget_claim()
     _quieten()
     try:
-        sys.argv[1:] = with_saved_config(sys.argv[1:] if arguments is None else arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        require_readable_configs(words)
+        sys.argv[1:] = with_saved_config(words)
         with contextlib.ExitStack() as resources:
             CLI(resources)
     except (InputError, MisconfigurationException, OSError, DivergedError) as error:

@@ -118,10 +118,15 @@ class LanguageModule(L.LightningModule):
         }
 
     def _build_optimizer(self) -> tuple[Optimizer, LRSchedulerTypeUnion | None]:
-        optimizer = self.optimizer(parameter_groups(self.net))
-        if self.lr_scheduler is None:
-            return optimizer, None
-        scheduler = self.lr_scheduler(optimizer)
+        key = "model.optimizer"
+        try:
+            optimizer = self.optimizer(parameter_groups(self.net))
+            if self.lr_scheduler is None:
+                return optimizer, None
+            key = "model.lr_scheduler"
+            scheduler = self.lr_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{key}: {error}; change its init_args") from error
         planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
         if planned is not None and not 0 < steps <= planned:
             raise InputError(

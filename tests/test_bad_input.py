@@ -9,7 +9,9 @@ import torch
 from conftest import LAST, QUICKSTART
 
 from hlbgpt.cli import main
-from hlbgpt.data.tokenfile import TokenFile
+from hlbgpt.data import TextFiles
+from hlbgpt.data.tokenfile import TokenFile, prepare_token_file
+from hlbgpt.data.tokenizer import load_tokenizer
 
 
 def error_of(run: Callable[..., str], capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -27,34 +29,99 @@ def error_of(run: Callable[..., str], capfd: pytest.CaptureFixture[str], *argume
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--model.widht=3"], "widht"),
-        (["--model.net.init_args.widht=3"], "widht"),
-        (["--data.tokenizer=gpt5"], "data.tokenizer"),
-        (["--trainer.max_steps=many"], "trainer.max_steps"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--data.source.folder=/nowhere"], "data.source.folder: no folder '/nowhere'"),
-        (["--data.sequence_length=200000"], "data.sequence_length"),
-        (["--data.sequence_length=64"], "data.sequence_length: 64 is longer than the network's"),
-        (["--data.sequence_length=0"], "data.sequence_length: 0 is less than 1"),
-        (["--data.micro_batch_size=100000"], "data.micro_batch_size"),
-        (["--data.eval_sequence_length=64"], "data.eval_sequence_length: 64 is longer than the"),
-        (["--model.net.init_args.width=15"], "width: 15 is not divisible by num_heads 2"),
-        (["--model.net.init_args.vocab_size=100"], "vocab_size: 100 is less than the 256"),
-        (["--model.net=hlbgpt.models.Nothing"], "hlbgpt.models.Nothing"),
-        (["--trainer.max_steps=100000"], "trainer.max_steps: 100000 steps asked for"),
-        (["--trainer.accelerator=gpu"], "trainer.accelerator: 'gpu' asked for"),
-        (["--ckpt_path=nowhere.ckpt"], "ckpt_path: no file 'nowhere.ckpt'"),
-        (["--time_to_target.monitor=val_los"], "no metric 'val_los'"),
-        (["--model.generation.temperature=-1"], "temperature: -1"),
-    ],
-)
+NET = "--model.net.init_args"
+AT_LEAST_1 = "is less than 1; set it to at least 1"
+FIT = [
+    # names
+    (["--model.widht=3"], "widht"),
+    ([f"{NET}.widht=3"], "widht"),
+    (["--model.net=hlbgpt.models.Nothing"], "hlbgpt.models.Nothing"),
+    (["--model.optimizer=torch.optim.Nope"], 'key "model.optimizer": '),
+    (["--model.optimizer=torch.nn.Linear"], 'key "model.optimizer": '),
+    (["--data.source=hlbgpt.models.GPT"], "not correspond to a subclass of TextSource"),
+    (["--trainer.callbacks+=torch.nn.Linear"], 'key "trainer.callbacks": '),
+    (["--trainer.callbacks+=Nope"], 'key "trainer.callbacks": '),
+    (["--trainer.logger=nope"], 'key "trainer.logger": '),
+    (["--trainer.strategy=nope"], "trainer: You selected an invalid strategy name"),
+    (["--trainer.accelerator=quantum"], "trainer: You selected an invalid accelerator name"),
+    (["--trainer.accelerator=gpu"], "trainer.accelerator: 'gpu' asked for"),
+    (["--trainer.precision=fp7"], 'key "trainer.precision": '),
+    (["--data.tokenizer=gpt5"], "data.tokenizer"),
+    (["--time_to_target.mode=up"], 'key "time_to_target.mode": '),
+    (["--time_to_target.monitor=val_los"], "no metric 'val_los'"),
+    # types
+    (["--trainer.max_steps=many"], "trainer.max_steps"),
+    (["--trainer.max_time=soon"], "Timer(duration='soon')"),
+    (["--time_to_target.target=low"], 'key "time_to_target.target": '),
+    (["--data.micro_batch_size=2.5"], 'key "data.micro_batch_size": '),
+    (["--model.compile=maybe"], 'key "model.compile": '),
+    # ranges
+    (["--trainer.max_steps=0"], "trainer.max_steps: 0 is less than 1; set it higher, or -1"),
+    (["--trainer.max_steps=-5"], "trainer.max_steps: -5 is less than 1; set it higher, or -1"),
+    (["--trainer.max_steps=100000"], "trainer.max_steps: 100000 steps asked for"),
+    (["--trainer.max_epochs=0"], "trainer.max_epochs: 0 is less than 1"),
+    (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps: 0 is less than 1"),
+    (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 is less than 1"),
+    (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch: 0 is less than 1"),
+    (["--trainer.num_sanity_val_steps=-5"], "trainer.num_sanity_val_steps: -5 is less than 0"),
+    (["--trainer.val_check_interval=0"], "trainer.val_check_interval: 0 is too little"),
+    (["--trainer.val_check_interval=-3"], "invalid value -3 for val_check_interval"),
+    (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches: 0 is too little"),
+    (["--trainer.devices=0"], "`Trainer(devices='0')` value is not a valid input"),
+    (["--seed_everything=-1"], "seed_everything: -1 is not in bounds"),
+    (["--seed_everything=99999999999"], "seed_everything: 99999999999 is not in bounds"),
+    (["--data.seed=-1"], "data.seed: -1 is negative"),
+    (["--data.sequence_length=0"], f"data.sequence_length: 0 {AT_LEAST_1}"),
+    (["--data.sequence_length=200000"], "data.sequence_length"),
+    (["--data.sequence_length=64"], "data.sequence_length: 64 is longer than the network's"),
+    (["--data.eval_sequence_length=64"], "data.eval_sequence_length: 64 is longer than the"),
+    (["--data.micro_batch_size=-1"], f"data.micro_batch_size: -1 {AT_LEAST_1}"),
+    (["--data.micro_batch_size=100000"], "data.micro_batch_size"),
+    (["--data.eval_batch_size=0"], f"data.eval_batch_size: 0 {AT_LEAST_1}"),
+    ([f"{NET}.width=15"], "width: 15 is not divisible by num_heads 2"),
+    ([f"{NET}.width=0"], f"width: 0 {AT_LEAST_1}"),
+    ([f"{NET}.num_heads=0"], f"num_heads: 0 {AT_LEAST_1}"),
+    ([f"{NET}.num_blocks=-2"], f"num_blocks: -2 {AT_LEAST_1}"),
+    ([f"{NET}.init_std=-1"], "init_std: -1.0 is not above 0"),
+    ([f"{NET}.vocab_size=100"], "vocab_size: 100 is less than the 256"),
+    (["--model.optimizer.lr=-1"], "model.optimizer: Invalid learning rate: -1.0"),
+    (["--model.optimizer.betas=[2,3]"], "model.optimizer: Invalid beta parameter"),
+    (["--model.lr_scheduler.pct_start=7"], "model.lr_scheduler: Expected float between 0 and 1"),
+    (["--model.lr_scheduler.total_steps=-4"], "model.lr_scheduler: Expected positive integer"),
+    (["--model.generation.temperature=-1"], "temperature: -1"),
+    (["--model.generation.top_k=-1"], "top_k: -1"),
+    (["--divergence.max_skipped_steps=-1"], "divergence.max_skipped_steps: -1 is negative"),
+    # paths
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--config", "a_folder"], "a_folder"),
+    (["--config", "broken.yaml"], "--config broken.yaml: no YAML at line 2, column 5: "),
+    (["--config", "empty.yaml"], "--config empty.yaml: holds no settings but None"),
+    (["--config", "list.yaml"], "--config list.yaml: holds no settings but [1, 2]"),
+    (["--config", "latin.yaml"], "--config latin.yaml: not UTF-8 text at byte 3"),
+    (["--data.cache_dir=a_file"], "data.cache_dir: a_file: File exists; set"),
+    (["--data.source.folder=/nowhere"], "data.source.folder: no folder '/nowhere'"),
+    (["--data.source.folder=a_file"], "data.source.folder: no folder 'a_file'"),
+    (["--data.source.folder=a_folder"], "'a_folder' has no wiki.train.raw or wiki.train.tokens"),
+    (["--data.source.train=a_folder"], "data.source.train: no file 'a_folder'"),
+    (["--trainer.default_root_dir=a_file/x"], "trainer.default_root_dir: cannot make 'a_file/x'"),
+    (["--ckpt_path=nowhere.ckpt"], "ckpt_path: no file 'nowhere.ckpt'"),
+    (["--ckpt_path=best"], "ckpt_path: no file 'best'"),
+    (["--ckpt_path=a_folder"], "ckpt_path: no file 'a_folder'"),
+    (["--ckpt_path="], "ckpt_path: no file ''"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), FIT, ids=[" ".join(extra) for extra, _ in FIT])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU to be missing")
 def test_bad_input_is_one_line_before_training(
     hlbgpt, tiny: list[str], capfd, extra: list[str], message: str
 ) -> None:
+    Path("a_file").write_text("x")
+    Path("a_folder").mkdir()
+    Path("broken.yaml").write_text("a: [1,\n b: }")
+    Path("empty.yaml").write_text("")
+    Path("list.yaml").write_text("[1, 2]")
+    Path("latin.yaml").write_bytes(b"a: \xff")
     assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, *extra)
     assert not Path("runs").exists(), "an empty run folder was left behind"
 
@@ -70,13 +137,39 @@ def test_no_config_and_no_command(hlbgpt, capfd) -> None:
         (b"", "the train split is empty"),
         (b"too short", "train split too short: 9 tokens"),
         (b"\xff\xfe\x00", "wiki.train.raw: not UTF-8 text at byte 0"),
+        ("café ".encode() * 400_000 + b"caf\xe9", "not UTF-8 text at byte 2400003"),
+        (b"the end of a character \xc3", "not UTF-8 text at byte 23"),
+        ("UTF-16 without a mark ".encode("utf-16-le"), "not text: byte 1 is NUL; if the file is"),
+        ("é".encode() * 9 + bytes(90), "not text: byte 18 is NUL"),
+        (b"x" * 50_000_000, "16777216 characters without a space or line end; is this a text"),
     ],
+    ids=["empty", "short", "binary", "latin-1 far in", "cut", "utf-16", "NUL", "50 MB word"],
 )
 def test_bad_text_is_one_line(hlbgpt, tiny, capfd, tmp_path: Path, content: bytes, message: str):
     for split in ("train", "valid", "test"):
         (tmp_path / f"wiki.{split}.raw").write_bytes(content)
     extra = f"--data.source.folder={tmp_path}"
     assert message in error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, extra)
+    assert not Path("runs").exists()
+
+
+def test_a_50_mb_line_of_words_is_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "line.txt"
+    text.write_bytes(b"one line of many words " * 2_200_000)
+    source, folder = TextFiles(train=str(text)), tmp_path / "cache"
+    file = prepare_token_file(folder / "a.tokens", source, "train", lambda: load_tokenizer("bytes"))
+    assert file.header.tokens == text.stat().st_size
+
+
+def test_a_split_that_is_not_there(hlbgpt, tiny: list[str], capfd, folder: Path) -> None:
+    """Named before training; the test split is asked for by `test` alone."""
+    only = [f"--data.source.train={folder / 'wiki.train.raw'}", "--data.source.folder=null"]
+    message = error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny, *only)
+    assert "data.source: no text for the validation split; set folder" in message
+    only.append(f"--data.source.validation={folder / 'wiki.valid.raw'}")
+    hlbgpt("fit", *QUICKSTART, *tiny, *only)
+    message = error_of(hlbgpt, capfd, "test", "--ckpt_path", str(LAST))
+    assert "data.source: no text for the test split; set folder" in message
 
 
 def test_token_files_are_mended_or_refused(hlbgpt, tiny: list[str], capfd) -> None:
@@ -104,12 +197,36 @@ def test_foreign_checkpoints_are_one_line(hlbgpt, tiny: list[str], capfd) -> Non
         arguments = [command, *QUICKSTART, *tiny, wider, f"--ckpt_path={LAST}"]
         message = error_of(hlbgpt, capfd, *arguments)
         assert "is of another network: net.blocks.0.attention.expand.weight is (48, 16)" in message
-    Path("text.ckpt").write_text("not a checkpoint")
-    arguments = ["validate", *QUICKSTART, *tiny, "--ckpt_path=text.ckpt"]
-    assert "'text.ckpt' is no checkpoint" in error_of(hlbgpt, capfd, *arguments)
-    torch.save([1, 2], "list.ckpt")
-    arguments[-1] = "--ckpt_path=list.ckpt"
-    assert "has no state_dict" in error_of(hlbgpt, capfd, *arguments)
+
+
+def test_checkpoints_of_every_wrong_kind_are_one_line(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny)
+    whole = torch.load(LAST, weights_only=True)
+    kinds = {
+        "empty": b"",
+        "text": b"not a checkpoint",
+        "zip": b"PK\x05\x06" + bytes(18),
+        "cut": LAST.read_bytes()[:-500],
+        "list": [1, 2],
+        "weights": whole["state_dict"],
+        "none": {"state_dict": None},
+        "no_loops": {**whole, "state_dict": {}},
+    }
+    for name, kind in kinds.items():
+        path = Path(f"{name}.ckpt")
+        if isinstance(kind, bytes):
+            path.write_bytes(kind)
+        else:
+            torch.save(kind, path)
+        for command in ("fit", "validate"):
+            message = error_of(hlbgpt, capfd, command, *QUICKSTART, *tiny, f"--ckpt_path={path}")
+            assert f"ckpt_path: '{path}' is " in message or f"ckpt_path: {path} is of" in message
+    light = {key: whole[key] for key in ("state_dict", "global_step", "hlbgpt_config")}
+    torch.save(light, "light.ckpt")
+    arguments = [*QUICKSTART, *tiny, "--ckpt_path=light.ckpt"]
+    assert "ckpt_path: the checkpoint holds weights only" in error_of(
+        hlbgpt, capfd, "fit", *arguments
+    )
 
 
 def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path: Path) -> None:
@@ -118,7 +235,7 @@ def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"state_dict": {}, "extra": Malice()}, "evil.ckpt")
-    for command in ("fit", "predict"):
+    for command in ("fit", "validate", "test", "predict"):
         arguments = [command, *QUICKSTART, *tiny, "--ckpt_path=evil.ckpt"]
         assert "no checkpoint that loads as data only" in error_of(hlbgpt, capfd, *arguments)
     assert not (tmp_path / "owned").exists()

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hlbgpt.errors import DivergedError
+from hlbgpt.errors import DivergedError, InputError
 from hlbgpt.folders import last_checkpoint, run_folder
 from hlbgpt.module import LanguageModule
 
@@ -25,6 +25,10 @@ class StopOnDivergence(L.Callback):
     """
 
     def __init__(self, max_skipped_steps: int = 0) -> None:
+        if max_skipped_steps < 0:
+            raise InputError(
+                f"divergence.max_skipped_steps: {max_skipped_steps} is negative; use 0 or more"
+            )
         self.max_skipped_steps = max_skipped_steps
         self.skipped = 0  # in a row
         self._recent: list[tuple[int, list[Tensor]]] = []  # steps and losses not looked at yet

@@ -66,6 +66,8 @@ class TokenDataModule(L.LightningDataModule):
             eval_sequence_length=eval_sequence_length,
             eval_batch_size=eval_batch_size,
         )
+        if seed is not None and seed < 0:
+            raise InputError(f"data.seed: {seed} is negative; use 0 or more")
         self.source, self.tokenizer = source, tokenizer
         self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.eval_sequence_length, self.eval_batch_size = eval_sequence_length, eval_batch_size

@@ -119,6 +119,12 @@ class TextFiles(TextSource):
                         f"{path}: not UTF-8 text at byte {done - held + error.start} "
                         f"({error.reason}); convert the file to UTF-8"
                     ) from error
+                if "\0" in text:
+                    place = done - held + len(text[: text.index("\0")].encode())
+                    raise InputError(
+                        f"{path}: not text: byte {place} is NUL; if the file is UTF-16, convert it "
+                        "to UTF-8"
+                    )
                 if text:
                     yield text
                 if not block:

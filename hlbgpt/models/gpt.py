@@ -48,6 +48,8 @@ class GPT(Network):
             num_heads=num_heads,
             num_blocks=num_blocks,
         )
+        if init_std <= 0:
+            raise InputError(f"model.net init_std: {init_std} is not above 0; try 0.02")
         if width % num_heads:
             raise InputError(
                 f"model.net width: {width} is not divisible by num_heads {num_heads}; "
