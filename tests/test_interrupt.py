@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,14 +67,17 @@ def signalled(name: str, hook: str, count: int, times: int = 1) -> list[str]:
     ]
 
 
+WHOLE: dict[str, Any] = {}
+
+
 @pytest.fixture
-def whole(hlbgpt: Callable[..., str], tiny: list[str], tmp_path: Path) -> Any:
-    """Checkpoint and curves of a run that nothing stops; it is moved out of the way."""
-    hlbgpt("fit", *QUICKSTART, *tiny, *LONGER)
-    Path("runs").rename("whole")
-    return load_checkpoint("whole" / LAST.relative_to("runs")), curves(
-        Path("whole") / RUN.relative_to("runs")
-    )
+def whole(hlbgpt: Callable[..., str], tiny: list[str]) -> Any:
+    """Checkpoint and curves of a run that nothing stops; made once, and moved out of the way."""
+    if not WHOLE:
+        hlbgpt("fit", *QUICKSTART, *tiny, *LONGER)
+        WHOLE.update(checkpoint=load_checkpoint(LAST), curves=curves(RUN))
+        shutil.rmtree("runs")
+    return WHOLE["checkpoint"], WHOLE["curves"]
 
 
 LONGER = [

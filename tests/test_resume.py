@@ -187,6 +187,7 @@ def stop_and_resume(
             done = run(folder, place, stop, resume=resume, purge_step=purge_step, **kind)
         except StopError:
             resume = path
+            _number_events(place)
             checkpoint = torch.load(path, weights_only=True)
             purge_step = checkpoint["hlbgpt"]["log_step"]
             if checkpoint["global_step"] == kind.get("max_steps", MAX_STEPS):
@@ -197,6 +198,17 @@ def stop_and_resume(
             return state_of(*done), curves(place)
     done = run(folder, place, resume=resume, purge_step=purge_step, **kind)
     return state_of(*done), curves(place)
+
+
+def _number_events(place: Path) -> None:
+    """Name event files in their order, which TensorBoard takes from their names.
+
+    Runs of one process within a second are told apart by a counter that sorts 10 before 9.
+    """
+    for number, file in enumerate(
+        sorted(place.glob("events*"), key=lambda f: f.stat().st_mtime_ns)
+    ):
+        file.rename(place / f"events.out.tfevents.0{number:03}")
 
 
 HOOKS = {

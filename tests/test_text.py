@@ -31,7 +31,7 @@ def test_files_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import hlbgpt.data.text
 
     monkeypatch.setattr(hlbgpt.data.text, "_BLOCK_BYTES", 3)  # cuts characters in two
-    text = "é漢𝄞\r\n \n\x00 end without a line feed"
+    text = "é漢𝄞\r\n \n\x01 end without a line feed"
     (tmp_path / "wiki.train.tokens").write_bytes(text.encode())
     (tmp_path / "mine.txt").write_bytes(text.encode() * 2)
     source = TextFiles(folder=str(tmp_path), test=str(tmp_path / "mine.txt"))

@@ -131,16 +131,18 @@ def _safe_chunks(parts: Iterable[str], size: int) -> Iterator[str]:
 
     Raises InputError on millions of characters without a space, for which memory has no bound.
     """
-    held = ""
+    held, searched = "", 0
     for part in parts:
         for start in range(0, len(part), size):
             held += part[start : start + size]
             if len(held) < size:
                 continue
-            if cut := _last_cut(held):
+            if cut := _last_cut(held, searched):
                 yield held[:cut]
-                held = held[cut:]
-            elif len(held) > _LONGEST_PIECE:
+                held, searched = held[cut:], 0
+                continue
+            searched = len(held) - 1
+            if len(held) > _LONGEST_PIECE:
                 raise InputError(
                     f"text: {_LONGEST_PIECE} characters without a space or line end; is this a "
                     "text file?"
@@ -149,10 +151,13 @@ def _safe_chunks(parts: Iterable[str], size: int) -> Iterator[str]:
         yield held
 
 
-def _last_cut(text: str) -> int | None:
-    """The last place in `text` after a non-space character and before a space or line end."""
-    for width in (256, len(text)):  # nearly always close to the end
-        found = [match.end() for match in _CUT.finditer(text, max(0, len(text) - width))]
+def _last_cut(text: str, start: int) -> int | None:
+    """The last place in `text` after a non-space character and before a space or line end.
+
+    Before the character at `start` there is none.
+    """
+    for begin in (max(start, len(text) - 256), start):  # nearly always close to the end
+        found = [match.end() for match in _CUT.finditer(text, begin)]
         if found:
             return found[-1]
     return None
