@@ -19,23 +19,28 @@ class SaveConfig(SaveConfigCallback):
     """Saves the run's whole config beside its logs and inside its checkpoints."""
 
     _text = ""
+    _folder = Path()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)  # asked by all ranks; what follows runs on one
+        assert folder is not None
+        self._folder = folder
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         config = self.config.clone()
-        folder = run_folder(trainer)
-        assert folder is not None
-        path = folder / CONFIG
+        path = self._folder / CONFIG
         if path.exists():  # the run goes on in its folder: it did not start from a checkpoint
             config.ckpt_path = None
         self._text = self.parser.dump(config, skip_none=False)
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self._text)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Replace the settings of a run that goes on with others, now that nothing refused them."""
-        folder = run_folder(trainer)
-        if folder and trainer.is_global_zero and (path := folder / CONFIG).is_file():
+        path = self._folder / CONFIG
+        if trainer.is_global_zero and path.is_file():
             if path.read_text() == self._text:
                 return
             path.replace(path.with_name(f"config.until_step_{trainer.global_step}.yaml"))

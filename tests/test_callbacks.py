@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from test_module import make, trainer
 
 from hlbgpt.callbacks import BatchGrowth, LastCheckpoint, LossScaledWeightDecay, TimeToTarget
-from hlbgpt.callbacks.time_to_target import _git_revision
 from hlbgpt.clock import Stopwatch, process_seconds
 from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError
+from hlbgpt.machine import git_revision
 
 
 def fit(
@@ -216,7 +216,7 @@ def test_resumed_training_equals_uninterrupted_training(folder: Path, tmp_path: 
 
 
 def test_revision_of_this_checkout() -> None:
-    revision = _git_revision()
+    revision = git_revision()
     assert revision is None or len(revision.removesuffix("-dirty")) == 40
 
 

@@ -1,9 +1,6 @@
 """The clock: stops training when the target is met, and records how long that took."""
 
 import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -15,6 +12,7 @@ from hlbgpt.clock import Stopwatch, process_seconds, synchronize
 from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError
 from hlbgpt.folders import RECORD, run_folder
+from hlbgpt.machine import device_name, git_revision, peak_memory
 from hlbgpt.module import LanguageModule
 from hlbgpt.seeds import run_seed
 
@@ -174,12 +172,12 @@ class TimeToTarget(L.Callback):
             "parameters": sum(p.numel() for p in pl_module.net.parameters()),
             "seed": run_seed(),
             "precision": str(trainer.precision),
-            "device": _device_name(device),
+            "device": device_name(device),
             "devices": trainer.world_size,
-            "peak_memory_bytes": _peak_memory(device),
+            "peak_memory_bytes": peak_memory(device),
             "torch": torch.__version__,
             "lightning": L.__version__,
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "config": str(config) if config and config.is_file() else None,
         }
 
@@ -223,41 +221,3 @@ def _log_figures(trainer: L.Trainer, record: dict[str, Any]) -> None:
             logger.save()
         else:
             logger.log_metrics(figures, step=record["step"])
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
-    return str(device)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes: of the GPU's allocator, or on a CPU of the process; None where nobody counts."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "cpu" and os.name == "posix":
-        import resource
-        import sys
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return None
-
-
-def _git_revision() -> str | None:
-    """The commit of this code, with `-dirty` if files differ; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
-        except FileNotFoundError:  # no git on this machine
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed copy may lie inside somebody else's checkout: is this file one of its own?
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

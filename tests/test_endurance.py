@@ -1,0 +1,80 @@
+"""What takes minutes: kills by the dozen, several processes, texts of gigabytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LAST, QUICKSTART, RUN
+from test_interrupt import LONGER, SIGNAL
+from test_resume import assert_same, curves
+
+from hlbgpt.checkpoint_io import load_checkpoint
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_a_run_killed_again_and_again_ends_the_same() -> None:
+    command = [sys.executable, str(SCRIPTS / "crash_test.py"), "--kills", "20", "--seed", "3"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert out.startswith("20 stops; ")
+    assert "runs got to their end, all of them equal" in out
+
+
+def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) -> None:
+    """One of them gets the signal, in the middle of an accumulation; both end as if never told."""
+    (tmp_path / "mine.py").write_text(SIGNAL)
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", *LONGER]
+
+    def hlbgpt(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hlbgpt", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    whole = hlbgpt("fit", *QUICKSTART, *tiny, *two)
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "runs").rename(tmp_path / "whole")
+    values = {"name": "SIGTERM", "hook": "on_train_batch_start", "count": 8}
+    sends = [f"--trainer.callbacks.{key}={value}" for key, value in values.items()]
+    stopped = hlbgpt("fit", *QUICKSTART, *tiny, *two, "--trainer.callbacks+=mine.Signal", *sends)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopped by SIGTERM after step 4; go on with: " in stopped.stdout
+    resumed = hlbgpt("fit", "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [path.name for path in (tmp_path / RUN).parent.iterdir()] == ["version_0"]
+    ours, theirs = (
+        load_checkpoint(tmp_path / name / LAST.relative_to("runs")) for name in ("whole", "runs")
+    )
+    assert len(theirs["hlbgpt"]["random"]) == 2
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(ours[part], theirs[part], part)
+    runs = (tmp_path / name / RUN.relative_to("runs") for name in ("whole", "runs"))
+    assert_same(*map(curves, runs))
+
+
+@pytest.mark.usefixtures("gpt2")
+def test_a_text_of_two_gigabytes_takes_no_more_memory(tmp_path: Path, text: str) -> None:
+    """Each is prepared in a process of its own."""
+
+    def prepared(megabytes: int) -> dict[str, float]:
+        path = tmp_path / f"{megabytes}.txt"
+        with path.open("wb") as file:
+            block = text.encode()
+            for number in range(megabytes * 1_000_000 // len(block)):
+                # Words of its own in each block, as a long text goes on to have.
+                file.write(block + f" word{number} of block{number}\n".encode() * 20)
+        command = [sys.executable, str(SCRIPTS / "tokenize_speed.py"), str(path), "--json"]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        path.unlink()
+        return json.loads(out.splitlines()[-1])
+
+    small, large = prepared(100), prepared(2_000)
+    assert large["text_bytes"] > 1.9e9
+    assert large["peak_memory_bytes"] < 1.1 * small["peak_memory_bytes"]
+    # Of the speed, look: `pytest -m slow -s`. A test must not judge it.
+    print(f"{small['megabytes_per_second']:.1f} and {large['megabytes_per_second']:.1f} MB/s, ")
+    print(f"{small['peak_memory_bytes']:,} and {large['peak_memory_bytes']:,} bytes at most")
