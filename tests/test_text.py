@@ -1,12 +1,16 @@
 """The text sources hand out the text, all of it and nothing else."""
 
+import ast
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hlbgpt.data.text import SPLITS, EmbeddedText, HubText, TextFiles
+from hlbgpt.data.text import SPLITS, WIKITEXT_REVISION, EmbeddedText, HubText, TextFiles
 from hlbgpt.errors import InputError
 
 
@@ -129,3 +133,48 @@ def test_embedded_text_is_documentation_and_imports_none_of_it() -> None:
         "titles = [set(part.split('\\n\\n')) for part in text.values()]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_offline_from_what_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_DATASETS_OFFLINE=1: the data set's own cache is enough, in the layout of a download."""
+    import datasets
+
+    text = " \n = Title = \n \n Some text , with é . \n"
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "made")
+    folder = write_hub_layout(tmp_path / "hub", dict.fromkeys(SPLITS, text))
+    datasets.load_dataset(str(folder / "wikitext-103-raw-v1"))
+    (made,) = (tmp_path / "made").glob("*/*/*/*/dataset_info.json")
+    # What a download of the hub's data set leaves differs from a local folder's in its names.
+    there = cache / "Salesforce___wikitext" / "wikitext-103-raw-v1" / "0.0.0" / WIKITEXT_REVISION
+    shutil.copytree(made.parent, there)
+    for file in there.glob("*.arrow"):
+        file.rename(there / f"wikitext-{file.stem.rpartition('-')[2]}.arrow")
+    info = json.loads((there / "dataset_info.json").read_text())
+    info |= {"dataset_name": "wikitext", "config_name": "wikitext-103-raw-v1"}
+    (there / "dataset_info.json").write_text(json.dumps(info))
+    code = (
+        "from hlbgpt.data import HubText; "
+        "print(''.join(HubText().chunks('validation')).encode(), end='')"
+    )
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == text.encode()
+
+
+def test_offline_without_anything_prepared_is_one_line(tmp_path: Path) -> None:
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    code = "from hlbgpt.data import HubText; list(HubText().chunks('train'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1].startswith("hlbgpt.errors.InputError: data.source: cannot")
