@@ -1,0 +1,52 @@
+"""Which settings can import code, tried out on all of them, and said in the README."""
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_readme import README
+
+from hlbgpt import cli
+
+
+class ParserOnly(cli.CLI):
+    """Stops where arguments would be parsed."""
+
+    def parse_arguments(self, *_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+
+def fit_parser(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made: list[Any] = []
+    monkeypatch.setattr(ParserOnly, "parse_arguments", lambda self, *_, **__: made.append(self))
+    with contextlib.suppress(Exception), contextlib.ExitStack() as resources:
+        ParserOnly(resources)
+    return made[0].parser._subcommands_action.choices["fit"]
+
+
+def test_the_readme_names_every_setting_that_can_import_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each is given a class of a module of its own, in each form that YAML knows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["hlbgpt"])
+    parser, found = fit_parser(monkeypatch), set()
+    keys = [action.dest for action in parser._actions if "help" not in action.dest]
+    assert len(keys) > 60
+    for number, key in enumerate(keys):
+        name = f"module_of_a_stranger_{number}"
+        Path(f"{name}.py").write_text(f"open('{name}.ran', 'w').close()\nclass Thing: ...\n")
+        path = f"{name}.Thing"
+        item = f'{{"class_path": "{path}"}}'
+        for value in (path, item, f'["{path}"]', f"[{item}]"):
+            with contextlib.suppress(SystemExit, Exception):
+                parser.parse_args([f"--{key}={value}"])
+        if Path(f"{name}.ran").exists():
+            found.add(key)
+        sys.modules.pop(name, None)
+    (sentence,) = re.findall(r"These settings import what they name:(.*?)\.\n", README, re.DOTALL)
+    assert found == set(re.findall(r"`([\w.]+)`", sentence))
