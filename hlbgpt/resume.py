@@ -100,6 +100,8 @@ def settle_loops(fit_loop: dict[str, Any]) -> None:
     ahead = batches["total"]["ready"] - batches["total"]["processed"]
     for count in (batches["total"], batches["current"]):
         count.update(dict.fromkeys(("ready", "started", "completed"), count["processed"]))
+    if ahead:
+        batches["is_last_batch"] = False  # that was said of the batch taken
     for loader in fit_loop["state_dict"].get("combined_loader", []):
         if isinstance(loader, dict) and "next_batch" in loader:
             loader["next_batch"] -= ahead  # taken, but not trained on

@@ -277,8 +277,21 @@ def test_resume_is_exact_when_compiled(
     assert_same(lines, continued)
 
 
+def test_resume_just_before_the_last_batch_of_a_pass(
+    folder: Path, tmp_path: Path, whole: Any
+) -> None:
+    """The next batch, already taken, is the last of its pass; the one before was not."""
+    kind = {"accumulate_grad_batches": 1, "val_check_interval": 1}
+    state, lines = whole(**kind)
+    resumed, continued = stop_and_resume(
+        folder, tmp_path / "run", [("on_train_batch_start", 16)], **kind
+    )
+    assert_same(state, resumed)
+    assert_same(lines, continued)
+
+
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     stops=st.lists(
         st.tuples(st.sampled_from(sorted(HOOKS)), st.integers(1, 12)), min_size=1, max_size=3
