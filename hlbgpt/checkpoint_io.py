@@ -119,3 +119,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"ckpt_path: {str(path)!r} is no checkpoint of hlbgpt: it has no state_dict"
         )
     return checkpoint
+
+
+def require_matching(module: torch.nn.Module, checkpoint: dict[str, Any], name: str) -> None:
+    """Raise InputError unless `checkpoint`, called `name`, holds the weights of this network."""
+    theirs, ours = (
+        {key: tuple(value.shape) for key, value in state.items()}
+        for state in (checkpoint["state_dict"], module.state_dict())
+    )
+    for key in sorted(theirs.keys() | ours.keys()):
+        there, here = theirs.get(key, "missing"), ours.get(key, "missing")
+        if there != here:
+            raise InputError(
+                f"ckpt_path: {name} is of another network: {key} is {there} there and {here} "
+                "here; use the config of its run"
+            )

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.time_to_target import TimeToTarget
-from hlbgpt.checkpoint_io import load_checkpoint
+from hlbgpt.checkpoint_io import load_checkpoint, require_matching
 from hlbgpt.checks import require_readable_configs, require_sane
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import DivergedError, InputError
@@ -186,7 +186,7 @@ class CLI(LightningCLI):
 
     def _require_matching(self) -> None:
         if self.checkpoint:
-            self.model.require_matching(self.checkpoint, str(self.checkpoint_path))
+            require_matching(self.model, self.checkpoint, str(self.checkpoint_path))
 
     before_validate = before_test = before_predict = _require_matching
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from hlbgpt import resume
-from hlbgpt.checkpoint_io import WholeCheckpointIO
+from hlbgpt.checkpoint_io import WholeCheckpointIO, require_matching
 from hlbgpt.compiling import compile_in_place, warm_up
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
@@ -278,7 +278,7 @@ class LanguageModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.require_matching(checkpoint, "the checkpoint")
+        require_matching(self, checkpoint, "the checkpoint")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         resume.require_resumable(checkpoint)
@@ -286,20 +286,6 @@ class LanguageModule(L.LightningModule):
         self.tokens_seen = self._resumed["tokens_seen"]
         for line in resume.keep_typed(checkpoint, *self._build_optimizer()):
             self.print(f"resume: {line}")
-
-    def require_matching(self, checkpoint: dict[str, Any], name: str) -> None:
-        """Raise InputError unless `checkpoint` holds the weights of this network."""
-        theirs, ours = (
-            {key: tuple(value.shape) for key, value in state.items()}
-            for state in (checkpoint["state_dict"], self.state_dict())
-        )
-        for key in sorted(theirs.keys() | ours.keys()):
-            there, here = theirs.get(key, "missing"), ours.get(key, "missing")
-            if there != here:
-                raise InputError(
-                    f"ckpt_path: {name} is of another network: {key} is {there} there and {here} "
-                    "here; use the config of its run"
-                )
 
     # --- evaluation ---------------------------------------------------------------------------
 

@@ -90,8 +90,6 @@ def _run(words: list[str], folder: Path) -> NoReturn:
 def outcome(folder: Path) -> dict[str, Any]:
     """All that must not depend on how often a run was stopped."""
     checkpoint = load_checkpoint(folder / LAST)
-    events = EventAccumulator(str(folder / RUN), size_guidance={"scalars": 0})
-    events.Reload()
     return {
         "weights": checkpoint["state_dict"],
         "optimizer": checkpoint["optimizer_states"],
@@ -103,11 +101,18 @@ def outcome(folder: Path) -> dict[str, Any]:
         },
         "tokens": checkpoint["hlbgpt"]["tokens_seen"],
         "random": checkpoint["hlbgpt"]["random"],
-        "curves": {
-            tag: [(point.step, point.value) for point in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"]
-            if "second" not in tag and "memory" not in tag
-        },
+        "curves": curves(folder / RUN),
+    }
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every curve as TensorBoard shows it, but those that measure time."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if "second" not in tag and "memory" not in tag
     }
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import LAST, QUICKSTART, RUN
+from crash_test import curves
 from test_interrupt import LONGER, SIGNAL
-from test_resume import assert_same, curves
+from test_resume import assert_same
 
 from hlbgpt.checkpoint_io import load_checkpoint
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import LAST, QUICKSTART, RUN
+from crash_test import curves
 from test_bad_input import error_of
-from test_resume import assert_same, curves
+from test_resume import assert_same
 
 import hlbgpt.checkpoint_io as checkpoint_io
 from hlbgpt.checkpoint_io import load_checkpoint

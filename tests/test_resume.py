@@ -9,10 +9,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from crash_test import curves, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_module import trainer
 
 from hlbgpt.callbacks import BatchGrowth, TimeToTarget
@@ -121,31 +121,9 @@ def state_of(run: L.Trainer, module: LanguageModule) -> dict[str, Any]:
     }
 
 
-def curves(place: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every curve as TensorBoard shows it, but those that measure time."""
-    events = EventAccumulator(str(place), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(point.step, point.value) for point in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if "second" not in tag and "memory" not in tag
-    }
-
-
 def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
     """Equal to the last bit."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key, value in ours.items():
-            assert_same(value, theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{where}[{number}]")
-    else:
-        assert ours == theirs, f"{where}: {ours} {theirs}"
+    assert difference(ours, theirs, where) is None
 
 
 @pytest.fixture(scope="module")
