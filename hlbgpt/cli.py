@@ -45,12 +45,12 @@ from hlbgpt.saved_config import (
     with_saved_config,
 )
 
-_DESCRIPTIONS: dict[str, Any] = {
-    "description": "Train a small GPT until its validation loss meets a target, and time it.",
-    "fit": {"description": "Train until the target is met, and record the time."},
-    "validate": {"description": "Measure a checkpoint on the validation split."},
-    "test": {"description": "Measure a checkpoint on the test split."},
-    "predict": {"description": "Continue prompts with a checkpoint, and print the text."},
+_DESCRIPTION = "Train a small GPT until its validation loss meets a target, and time it."
+_COMMANDS = {
+    "fit": "Train until the target is met, and record the time.",
+    "validate": "Measure a checkpoint on the validation split.",
+    "test": "Measure a checkpoint on the test split.",
+    "predict": "Continue prompts with a checkpoint, and print the text.",
 }
 
 
@@ -80,13 +80,20 @@ class CLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             parser_class=Parser,
-            parser_kwargs={"prog": "hlbgpt", **_DESCRIPTIONS},
+            parser_kwargs={"prog": "hlbgpt", "description": _DESCRIPTION}
+            | {name: {"description": _COMMANDS[name]} for name in self.subcommands()},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # Settings stored in a checkpoint would silently win over those typed.
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_model_summary": False},
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one that is asked for, or all: each takes a while to set up."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in sys.argv[1:2] if name in known} or known
 
     def _set_seed(self) -> None:
         try:
@@ -229,13 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
         with contextlib.ExitStack() as resources:
             CLI(resources)
     except (InputError, MisconfigurationException, OSError, DivergedError) as error:
-        diverged = isinstance(error, DivergedError)
-        if not diverged:
-            drop_folder_without_steps()
+        drop_folder_without_steps()
         if os.environ.get("HLBGPT_TRACEBACK"):
             raise
         sys.stderr.write(f"hlbgpt: error: {_one_line(error)}\n")
-        raise SystemExit(1 if diverged else 2) from None
+        raise SystemExit(1 if isinstance(error, DivergedError) else 2) from None
     except (SystemExit, KeyboardInterrupt) as stop:
         drop_folder_without_steps()
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):

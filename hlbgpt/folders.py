@@ -113,13 +113,13 @@ def _claimed_by_launcher() -> Path | None:
 
 
 def forget_claim() -> None:
-    """A folder claimed by an earlier run of this process is not this run's."""
+    """Let what was claimed be: by an earlier run of this process, or now that training starts."""
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_CLAIMED, None)
 
 
 def drop_folder_without_steps() -> None:
-    """Remove the run's folder when the run ended before it trained."""
+    """Remove the folder that is still claimed, for its run ended before it trained."""
     folder = Path(os.environ.get(_CLAIMED, ""))
     if folder.name and "LOCAL_RANK" not in os.environ and not (folder / "checkpoints").exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hlbgpt.folders import CONFIG, folder_of, newest_checkpoint, run_folder
+from hlbgpt.folders import CONFIG, folder_of, forget_claim, newest_checkpoint, run_folder
 
 IN_CHECKPOINT = "hlbgpt_config"
 # Where the settings come from and start at, rather than settings.
@@ -38,7 +38,11 @@ class SaveConfig(SaveConfigCallback):
             path.write_text(self._text)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace the settings of a run that goes on with others, now that nothing refused them."""
+        """Replace the settings of a run that goes on with others, now that nothing refused them.
+
+        From here on the run's folder is kept, however the run ends.
+        """
+        forget_claim()
         path = self._folder / CONFIG
         if trainer.is_global_zero and path.is_file():
             if path.read_text() == self._text:

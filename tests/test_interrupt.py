@@ -143,6 +143,15 @@ def test_a_second_signal_stops_at_once(hlbgpt, tiny: list[str], capfd) -> None:
     assert load_checkpoint(LAST)["global_step"] == 2  # of the first validation
 
 
+def test_curves_are_kept_of_a_run_stopped_at_once_before_its_first_checkpoint(
+    hlbgpt, tiny: list[str]
+) -> None:
+    extra = signalled("SIGINT", "on_train_batch_start", 3, times=2)
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 130
+    assert not LAST.exists()
+    assert curves(RUN)["train_loss"]
+
+
 def test_a_signal_before_the_first_step_leaves_no_folder(hlbgpt, tiny: list[str]) -> None:
     Path("mine.py").write_text(SIGNAL.replace("trainer.sanity_checking or ", ""))
     extra = signalled("SIGINT", "on_validation_batch_end", 1)

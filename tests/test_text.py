@@ -168,6 +168,7 @@ def test_offline_from_what_was_prepared(tmp_path: Path, monkeypatch: pytest.Monk
     assert ast.literal_eval(done.stdout) == text.encode()
 
 
+@pytest.mark.slow
 def test_offline_without_anything_prepared_is_one_line(tmp_path: Path) -> None:
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
     code = "from hlbgpt.data import HubText; list(HubText().chunks('train'))"
