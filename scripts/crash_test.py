@@ -136,8 +136,8 @@ def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
 class Crashes:
     """Stops runs and keeps count of what happened."""
 
-    def __init__(self, words: list[str], folder: Path, seconds: float, seed: int) -> None:
-        self.words, self.folder, self.seconds = words, folder, seconds
+    def __init__(self, words: list[str], seconds: float, seed: int) -> None:
+        self.words, self.seconds = words, seconds
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
 
@@ -208,7 +208,7 @@ def main() -> None:
                 sys.exit((folder / "whole" / "log.txt").read_text())
             seconds = time.monotonic() - begun
         whole = outcome(folder / "whole")
-        crashes = Crashes(words, folder, seconds, options.seed)
+        crashes = Crashes(words, seconds, options.seed)
         finished = stops = 0
         while stops < options.kills:
             place = folder / f"run_{finished}"

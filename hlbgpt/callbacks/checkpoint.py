@@ -22,7 +22,6 @@ class Interrupted(SystemExit):
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
-        self.signum = signum
 
 
 class LastCheckpoint(Checkpoint):
@@ -123,22 +122,18 @@ class LastCheckpoint(Checkpoint):
             return
         signum = self._signal or signal.SIGTERM
         name = signal.Signals(signum).name
-        if trainer.sanity_checking or run_folder(trainer) is None:
+        folder = run_folder(trainer)
+        if trainer.sanity_checking or folder is None:
             pl_module.print(f"stopped by {name} before the first step")
         else:
             self._save(trainer)
-            self._announce(trainer, pl_module, name)
+            pl_module.print(
+                f"stopped by {name} after step {trainer.global_step}; go on with: "
+                f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}"
+            )
             if signum not in (signal.SIGTERM, signal.SIGINT):
                 self._earlier[signum](signum, None)  # Lightning's: puts the job into SLURM's queue
         raise Interrupted(signum)
-
-    def _announce(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
-        folder = run_folder(trainer)
-        assert folder is not None
-        pl_module.print(
-            f"stopped by {name} after step {trainer.global_step}; go on with: "
-            f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}"
-        )
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
