@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.base import Network
-from hlbgpt.models.head import TokenScores, score
+from hlbgpt.models.head import Classes, TokenScores
 
 
 class GPT(Network):
@@ -28,6 +28,8 @@ class GPT(Network):
         num_blocks: Blocks, each attention, then an MLP of width 4 D.
         init_std: Standard deviation of the initial weights. 0.02 suits a width of 384 and more; a
             narrow network learns to look back sooner from about 0.7 / sqrt(D).
+        loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
+            not the loss.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class GPT(Network):
         num_heads: int = 6,
         num_blocks: int = 6,
         init_std: float = 0.02,
+        loss_chunk: int = 0,
     ) -> None:
         super().__init__()
         require_positive(
@@ -56,6 +59,7 @@ class GPT(Network):
                 "change one of them"
             )
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
+        self.loss_chunk = loss_chunk
         self.embedding = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(max_sequence_length, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_blocks))
@@ -78,8 +82,9 @@ class GPT(Network):
         x = self.embedding(tokens) + self.position(positions)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.norm(x), self.embedding.weight)  # (B, T, V)
-        return logits if targets is None else score(logits, targets, per_token=per_token)
+        classes = Classes(self.embedding.weight, chunk=self.loss_chunk)
+        x = self.norm(x)
+        return classes.logits(x) if targets is None else classes.score(x, targets, per_token)
 
 
 class Block(nn.Module):

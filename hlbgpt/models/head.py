@@ -1,11 +1,15 @@
-"""From logits to what training and evaluation need, so that logits stay inside a network."""
+"""From features to what training and evaluation need, so that logits stay inside a network.
 
-from typing import NamedTuple
+Shapes: B sequences, T tokens, N = B x T, D width, V classes.
+"""
 
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_IGNORE = -1
+IGNORE = -1  # target without a loss
 
 
 class TokenScores(NamedTuple):
@@ -27,6 +31,116 @@ def score(logits: Tensor, targets: Tensor, *, per_token: bool = False) -> Tensor
     """
     flat, labels = logits.flatten(0, -2).float(), targets.flatten()
     if not per_token:
-        return F.cross_entropy(flat, labels, ignore_index=_IGNORE)
-    loss = F.cross_entropy(flat, labels, ignore_index=_IGNORE, reduction="none")
+        return F.cross_entropy(flat, labels, ignore_index=IGNORE)
+    loss = F.cross_entropy(flat, labels, ignore_index=IGNORE, reduction="none")
     return TokenScores(loss.view_as(targets), logits.argmax(-1) == targets)
+
+
+class Classes(NamedTuple):
+    """A linear classifier over V classes.
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,) added to the logits, or None.
+        softcap: Logits are kept within ± this by tanh, before the bias; 0 for no cap.
+        chunk: Tokens whose logits exist at a time, in training too; 0 for all. Saves memory, and
+            time on a CPU, whose caches then hold the logits.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float = 0.0
+    chunk: int = 0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., V) of `x` (..., D), float32 if there is a cap or a bias."""
+        logits = F.linear(x, self.weight)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
+        return logits if self.bias is None else logits.float() + self.bias
+
+    def sum_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of `x` (N, D) against `targets` (N,), summed; float32."""
+        if self.chunk:
+            bias = self.weight.new_zeros(()) if self.bias is None else self.bias
+            return _ChunkedLoss.apply(x, self.weight, bias, targets, self.softcap, self.chunk)
+        logits = self.logits(x).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and likeliest class of each token: (N,) float32, (N,)."""
+        losses, best = [], []
+        for part, wanted in zip(
+            x.split(self.chunk or len(x)), targets.split(self.chunk or len(x)), strict=True
+        ):
+            logits = self.logits(part).float()
+            losses.append(F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none"))
+            best.append(logits.argmax(-1))
+        return torch.cat(losses), torch.cat(best)
+
+    def score(self, x: Tensor, targets: Tensor, per_token: bool = False) -> Tensor | TokenScores:
+        """Mean loss or `TokenScores` of features `x` (B, T, D), as `score` makes them of logits."""
+        flat, labels = x.flatten(0, 1), targets.flatten()
+        if not per_token:
+            return self.sum_loss(flat, labels) / (labels >= 0).sum()
+        loss, best = self.token_losses(flat, labels)
+        return TokenScores(loss.view_as(targets), best.view_as(targets) == targets)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy of a linear classifier whose logits never exist all at once.
+
+    The gradient is made in the forward pass, chunk by chunk, from the same logits as the loss; so
+    nothing is computed twice. Equal to `Classes` without chunks but for rounding.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            low_x, low_weight = x.to(dtype), weight.to(dtype)
+            total = x.new_zeros((), dtype=torch.float32)
+            grad_x = torch.empty_like(low_x)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            z = low_x.new_empty((min(chunk, len(x)), len(weight)), dtype=torch.float32)
+            for start in range(0, len(x), chunk):
+                rows = slice(start, start + chunk)
+                part, logits = low_x[rows], z[: len(low_x[rows])]
+                logits.copy_(part @ low_weight.T)
+                loss, grad = _loss_and_gradient(logits, bias, targets[rows], cap)
+                total += loss
+                grad = grad.to(dtype)
+                torch.mm(grad, low_weight, out=grad_x[rows])
+                grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * scale, grad_weight * scale, None, None, None, None
+
+
+def _loss_and_gradient(
+    z: Tensor, bias: Tensor, targets: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Summed loss, and its gradient by the raw logits `z` (N, V), which it is written over."""
+    slope = None
+    if cap:
+        slope = z.div_(cap).tanh_().square()
+        z.mul_(cap)
+    z += bias
+    counted = targets >= 0
+    row, column = torch.arange(len(z), device=z.device), targets.clamp(min=0)
+    wanted, top = z[row, column], z.amax(-1, keepdim=True)
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    loss = torch.where(counted, (total.log() + top).squeeze(1) - wanted, 0.0).sum()
+    z.div_(total)
+    z[row, column] -= 1.0
+    z *= counted[:, None]
+    if slope is not None:
+        z.mul_(slope.neg_().add_(1))
+    return loss, z
