@@ -1,0 +1,168 @@
+"""Adaptive softmax (Grave et al., arXiv 1609.04309): rare tokens cost only where they come.
+
+Tokens are ranked by how often the training split has them, and cut into clusters. The first one, of
+the commonest, also holds a class for each of the others; a token of a rare cluster has the
+probability of its cluster times that within the cluster. All of it is one properly normalised
+distribution over the vocabulary. Unlike in the paper, rare clusters keep the full width.
+
+Shapes: B sequences, T tokens, N = B x T, D width, V vocabulary, K rare clusters.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlbgpt.errors import InputError
+from hlbgpt.models.head import IGNORE, Classes, TokenScores
+
+
+class AdaptiveHead(nn.Module):
+    """Logits, log-probabilities and loss of a vocabulary in 1 + K clusters.
+
+    Args:
+        width: D.
+        vocab_size: V.
+        cutoffs: Ranks at which the rare clusters begin, rising; empty for the full softmax.
+        shares: For each rare cluster the greatest share of a batch's targets that a training step
+            has room for, which keeps its shapes the same; None for exactly as many as there are,
+            where shapes may change. Targets beyond are left out of the loss of their cluster, not
+            of the choice of clusters.
+        softcap: Logits are kept within ± this; 0 for no cap.
+        chunk: Tokens whose logits exist at a time; 0 for all.
+        unigram_bias: Whether logits start from the logarithm of how often each token comes.
+    """
+
+    rank: Tensor
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        *,
+        cutoffs: tuple[int, ...] = (),
+        shares: tuple[float, ...] | None = None,
+        softcap: float = 0.0,
+        chunk: int = 0,
+        unigram_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        edges = (0, *cutoffs, vocab_size)
+        if any(low >= high for low, high in itertools.pairwise(edges)):
+            raise InputError(
+                f"model.net cutoffs: {list(cutoffs)} do not rise from 1 to below vocab_size "
+                f"{vocab_size}; change them"
+            )
+        if shares is not None and len(shares) != len(cutoffs):
+            raise InputError(
+                f"model.net shares: {len(shares)} given for {len(cutoffs)} cutoffs; give as many"
+            )
+        self.vocab_size, self.edges, self.shares = vocab_size, edges, shares
+        self.softcap, self.chunk, self.unigram_bias = softcap, chunk, unigram_bias
+        # By rank, then a row for each rare cluster.
+        self.weight = nn.Parameter(torch.zeros(vocab_size + len(cutoffs), width))
+        self.register_buffer("rank", torch.arange(vocab_size))  # of each token
+        self.register_buffer("log_prior", torch.zeros(vocab_size + len(cutoffs)))
+
+    def use_token_counts(self, counts: Tensor) -> None:
+        """Rank the tokens by `counts` (at most V,); to be called before the first step."""
+        known = counts.new_zeros(self.vocab_size, dtype=torch.float64)
+        known[: len(counts)] = counts
+        order = known.argsort(descending=True, stable=True)
+        self.rank[order] = torch.arange(self.vocab_size, device=order.device)
+        # A token that never came is taken to have come half a time.
+        prior = ((known[order] + 0.5) / (known + 0.5).sum()).log()
+        clusters = [prior[low:high].logsumexp(0) for low, high in self._rare()]
+        if self.unigram_bias:
+            self.log_prior.copy_(torch.cat([prior, *(cluster[None] for cluster in clusters)]))
+
+    def _rare(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise(self.edges[1:]))
+
+    def _classes(self, *rows: slice) -> Classes:
+        bias = torch.cat([self.log_prior[part] for part in rows]) if self.unigram_bias else None
+        weight = torch.cat([self.weight[part] for part in rows])
+        return Classes(weight, bias, self.softcap, self.chunk)
+
+    def _first(self) -> Classes:
+        return self._classes(slice(0, self.edges[1]), slice(self.vocab_size, None))
+
+    def log_probabilities(self, x: Tensor) -> Tensor:
+        """(..., V) in the order of the vocabulary, float32, of features `x` (..., D)."""
+        return self._ranked(x)[..., self.rank]
+
+    def _ranked(self, x: Tensor) -> Tensor:
+        """Log-probabilities (..., V) in the order of ranks."""
+        first = self._first().logits(x).float().log_softmax(-1)
+        parts = [first[..., : self.edges[1]]]
+        for number, (low, high) in enumerate(self._rare()):
+            within = self._classes(slice(low, high)).logits(x).float().log_softmax(-1)
+            parts.append(within + first[..., self.edges[1] + number, None])
+        return torch.cat(parts, dim=-1)
+
+    def forward(
+        self, x: Tensor, targets: Tensor, *, per_token: bool = False
+    ) -> Tensor | TokenScores:
+        """Mean loss of `x` (B, T, D) against `targets` (B, T), or `TokenScores`; as `score`."""
+        flat, labels = x.flatten(0, 1), targets.flatten()
+        counted = labels >= 0
+        ranks = torch.where(counted, self.rank[labels.clamp(min=0)], IGNORE)
+        if per_token:
+            return self._scores(flat, ranks, targets)
+        choice, cluster = self._choices(ranks)
+        total = self._first().sum_loss(flat, choice)
+        for number, (low, high) in enumerate(self._rare()):
+            place = self._places(cluster == number + 1, number)
+            # Places past the end are room that is not needed.
+            there = place < len(flat)
+            place = place.clamp(max=len(flat) - 1)
+            within = torch.where(there, ranks[place] - low, IGNORE)
+            total = total + self._classes(slice(low, high)).sum_loss(flat[place], within)
+        return total / counted.sum()
+
+    def _choices(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """For `ranks` (N,) the class in the first cluster, and the number of the cluster."""
+        edges = torch.tensor(self.edges[1:-1], device=ranks.device)
+        cluster = torch.bucketize(ranks, edges, right=True)
+        return torch.where(cluster > 0, self.edges[1] + cluster - 1, ranks), cluster
+
+    def _places(self, wanted: Tensor, number: int) -> Tensor:
+        """Where `wanted` (N,) holds, in order: as many as there is room for, filled up with N."""
+        if self.shares is None:
+            return wanted.nonzero()[:, 0]
+        room = int(self.shares[number] * len(wanted))
+        slot = (wanted.cumsum(0) - 1).clamp(max=room).where(wanted, room)
+        places = torch.full((room + 1,), len(wanted), device=wanted.device)
+        places.scatter_(0, slot, torch.arange(len(wanted), device=wanted.device))
+        return places[:room]
+
+    def _scores(self, x: Tensor, ranks: Tensor, targets: Tensor) -> TokenScores:
+        """Exact, whatever room training has; rare clusters are read where they matter."""
+        first = self._first()
+        size, common = self.chunk or len(x), self.edges[1]
+        choice, cluster = self._choices(ranks)
+        loss, top, best = [], [], []
+        rare = x.new_empty((len(x), len(self._rare())), dtype=torch.float32)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            likely = first.logits(x[part]).float().log_softmax(-1)
+            loss.append(F.nll_loss(likely, choice[part], ignore_index=IGNORE, reduction="none"))
+            rare[part] = likely[:, common:]
+            highest = likely[:, :common].max(-1)
+            top.append(highest.values)
+            best.append(highest.indices)
+        losses, tops, bests = torch.cat(loss), torch.cat(top), torch.cat(best)
+        for number, (low, high) in enumerate(self._rare()):
+            # Here the target lies, or no token can be likelier than the cluster as a whole.
+            place = ((cluster == number + 1) | (rare[:, number] > tops)).nonzero()[:, 0]
+            for part in place.split(size):
+                within = self._classes(slice(low, high)).logits(x[part]).float().log_softmax(-1)
+                wanted = torch.where(cluster[part] == number + 1, ranks[part] - low, IGNORE)
+                losses[part] += F.nll_loss(within, wanted, ignore_index=IGNORE, reduction="none")
+                likely = within.max(-1)
+                higher = likely.values + rare[part, number] > tops[part]
+                bests[part] = torch.where(higher, likely.indices + low, bests[part])
+                tops[part] = torch.where(higher, likely.values + rare[part, number], tops[part])
+        return TokenScores(losses.view_as(targets), (bests == ranks).view_as(targets))
