@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.divergence import StopOnDivergence
+from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.checkpoint_io import load_checkpoint, require_matching
 from hlbgpt.checks import require_readable_configs, require_sane
@@ -103,6 +104,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(StopOnDivergence, "divergence")
+        parser.add_lightning_class_args(TokenSchedule, "schedule")
         parser.add_lightning_class_args(TimeToTarget, "time_to_target")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 

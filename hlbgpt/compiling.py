@@ -1,5 +1,7 @@
 """torch.compile: in place, the same result every time, and before the clock runs."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def compile_in_place(net: Network, device: torch.device) -> None:
 def warm_up(
     net: Network,
     *,
-    train_shape: tuple[int, int],
+    train_shapes: Iterable[tuple[int, int]],
     eval_shape: tuple[int, int],
     device: torch.device,
 ) -> float:
@@ -35,10 +37,11 @@ def warm_up(
     watch = Stopwatch()
     watch.start()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tokens = _dummy(*train_shape, device)
         net.train()
-        net(tokens[:, :-1], tokens[:, 1:]).backward()
-        net.zero_grad(set_to_none=True)
+        for shape in train_shapes:
+            tokens = _dummy(*shape, device)
+            net(tokens[:, :-1], tokens[:, 1:]).backward()
+            net.zero_grad(set_to_none=True)
         net.eval()
         with torch.no_grad():
             token_scores(net, _dummy(*eval_shape, device))

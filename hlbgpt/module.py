@@ -61,6 +61,7 @@ class LanguageModule(L.LightningModule):
         self.compile_seconds = 0.0
         self.tokens_seen = 0  # on all devices
         self.steps = StepPlan()
+        self.train_shapes: list[tuple[int, int]] = []  # set by callbacks that change it
         self._logged: tuple[int, dict[str, Any]] = (0, {})  # after how many steps, and what
         self._logged_at = (0.0, 0)  # when throughput was last logged: seconds, tokens
         self._accumulate = 1  # the setting, which `steps` overwrites in the trainer
@@ -122,6 +123,8 @@ class LanguageModule(L.LightningModule):
         try:
             optimizer = self.optimizer(parameter_groups(self.net))
             if self.lr_scheduler is None:
+                for group in optimizer.param_groups:  # what the token schedule multiplies
+                    group["initial_lr"] = group["lr"]
                 return optimizer, None
             key = "model.lr_scheduler"
             scheduler = self.lr_scheduler(optimizer)
@@ -147,7 +150,8 @@ class LanguageModule(L.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 self.compile_seconds += warm_up(
                     self.net,
-                    train_shape=(data.micro_batch_size, data.sequence_length),
+                    train_shapes=self.train_shapes
+                    or [(data.micro_batch_size, data.sequence_length)],
                     eval_shape=(data.eval_batch_size, data.eval_sequence_length),
                     device=self.device,
                 )
@@ -165,6 +169,9 @@ class LanguageModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.steps.begin_run(self.trainer)
+        if self._resumed is None and self.net.wants_token_counts:
+            # On the clock, as all that is learned or counted from the training text.
+            self.net.use_token_counts(self.data.token_counts().to(self.device))
         if self._resumed is not None:
             self._continue(self._resumed)
             self._resumed = None
@@ -195,6 +202,7 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.net(batch[:, :-1], batch[:, 1:])
+        self.steps.sequence_length = batch.shape[1] - 1
         self.steps.losses.append(loss.detach())
         self.tokens_seen += (batch.numel() - len(batch)) * self.trainer.world_size
         # Lightning divides by accumulate_grad_batches, which here is where the step ends.
@@ -240,6 +248,7 @@ class LanguageModule(L.LightningModule):
             "grad_norm": self.grad_norm(),
             "tokens_seen": float(self.tokens_seen),
             "micro_batches_per_step": float(self.steps.size),
+            "sequence_length": float(self.steps.sequence_length),
         }
         for group in optimizer.param_groups:
             values[f"lr/{group.get('name', 'all')}"] = group["lr"]

@@ -1,6 +1,7 @@
 """Which micro-batches make up an optimizer step, and after which steps a validation falls."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -24,20 +25,24 @@ class StepPlan:
         micro_batches: Of the steps to come; callbacks may set it between steps.
         size: Micro-batches of the current step.
         end: Number of the batch within the pass at which the current step ends.
+        sequence_length: Predicted tokens in the windows of the last micro-batch.
         losses: Of the current step's micro-batches so far, on the device.
+        validates: Whether a validation follows the step of a number, the first being 0; None to
+            go by the trainer's `val_check_interval`.
         validation_due: Whether a validation follows the current batch and has not been made.
         skipped: Whether the current step is left out: it has no gradients.
     """
 
     def __init__(self) -> None:
         self.micro_batches = 1
-        self.size = self.end = 0
+        self.size = self.end = self.sequence_length = 0
         self.losses: list[Tensor] = []
         self.validation_due = self.skipped = False
+        self.validates: Callable[[int], bool] | None = None
         self._interval: float | None = None
 
     def begin_run(self, trainer: L.Trainer) -> None:
-        self._interval = trainer.val_check_batch
+        self._interval = trainer.val_check_batch if self.validates is None else 1
         trainer.accumulate_grad_batches = self.micro_batches
 
     def begin_batch(self, trainer: L.Trainer, batch_idx: int) -> None:
@@ -63,6 +68,8 @@ class StepPlan:
             return False
         if is_last_step(trainer):
             return True
+        if self.validates is not None:
+            return self.validates(trainer.global_step)
         every_pass = trainer.check_val_every_n_epoch is not None
         done = (batch_idx if every_pass else trainer.fit_loop.total_batch_idx) + 1
         return done // self._interval > (done - self.size) // self._interval

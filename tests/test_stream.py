@@ -115,7 +115,7 @@ def test_another_order_starts_with_a_new_pass(change: dict[str, int]) -> None:
     starts = torch.cat([other.batch(i) for i in range(len(other))])[:, 0].tolist()
     assert len(set(starts)) == len(starts)
     windows = other.windows_per_pass
-    assert other._start(2 * windows) == starts[0]  # of the third pass
+    assert other._starts(2 * windows, 2 * windows + 1)[0] == starts[0]  # of the third pass
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10])

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import tiktoken
 import torch
 
@@ -16,6 +17,8 @@ from hlbgpt.errors import InputError, require_positive
 from hlbgpt.seeds import run_seed
 
 IGNORE = -1  # target without a loss
+
+_COUNTED_AT_ONCE = 1 << 22
 
 _SPLITS_OF_STAGE = {
     "fit": ("train", "validation"),
@@ -131,20 +134,35 @@ class TokenDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> TokenStream:
+        keys = "data.sequence_length, data.micro_batch_size"
+        return self._stream(self.micro_batch_size, self.sequence_length, keys)
+
+    def require_batch(self, batch_size: int, sequence_length: int, *, key: str) -> None:
+        """Raise InputError, with the key of the setting, for batches larger than the text."""
+        self._stream(batch_size, sequence_length, key)
+
+    def _stream(self, batch_size: int, sequence_length: int, key: str) -> TokenStream:
         seed = self.seed if self.seed is not None else run_seed()
         try:
             return TokenStream(
                 self.files["train"].tokens,
-                batch_size=self.micro_batch_size,
-                sequence_length=self.sequence_length,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
                 seed=seed,
                 **self._shares(),
             )
         except ValueError as error:
             raise InputError(
-                f"data.sequence_length, data.micro_batch_size: train split too short: {error}; "
-                "use a longer text or smaller values"
+                f"{key}: train split too short: {error}; use a longer text or smaller values"
             ) from error
+
+    def token_counts(self) -> torch.Tensor:
+        """(vocab_size,) int64: how often each token comes in the training split."""
+        tokens, counts = self.files["train"].tokens, np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, len(tokens), _COUNTED_AT_ONCE):  # counting takes 8 bytes a token
+            part = tokens[start : start + _COUNTED_AT_ONCE]
+            counts += np.bincount(part, minlength=self.vocab_size)
+        return torch.from_numpy(counts)
 
     def _shares(self) -> dict[str, int]:
         if self.trainer is None:

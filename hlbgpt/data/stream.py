@@ -30,6 +30,8 @@ class TokenStream:
         rank: Which share this stream hands out.
         world_size: Number of shares.
 
+    The shape of batches may change on the way (`reshape`).
+
     Attributes:
         wait: Time that went into making batches.
     """
@@ -46,17 +48,21 @@ class TokenStream:
     ) -> None:
         # Windows that fit from every phase: the first starts at T - 1 at the latest.
         self.windows_per_pass = _windows_per_pass(len(tokens), sequence_length)
-        if self.windows_per_pass < batch_size * world_size:
-            raise ValueError(
-                f"{len(tokens)} tokens hold {self.windows_per_pass} windows of {sequence_length}, "
-                f"fewer than a batch of {batch_size * world_size}"
-            )
         self._tokens = tokens
         self.batch_size, self.sequence_length = batch_size, sequence_length
+        self._first_shape = batch_size, sequence_length
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.next_batch = self._origin = 0
         self.wait = Stopwatch()
         self._pass: tuple[int, np.ndarray] | None = None
+        self._require_batch(self.windows_per_pass, batch_size, sequence_length)
+
+    def _require_batch(self, windows: int, batch_size: int, sequence_length: int) -> None:
+        if windows < (rows := batch_size * self.world_size):
+            raise ValueError(
+                f"{len(self._tokens)} tokens hold {windows} windows of {sequence_length}, fewer "
+                f"than a batch of {rows}"
+            )
 
     def __len__(self) -> int:
         """Whole batches in a pass."""
@@ -74,16 +80,35 @@ class TokenStream:
     def batch(self, index: int) -> torch.Tensor:
         """Batch `index` counted from the start of training (or of a new order): (B, T + 1)."""
         first = self._origin + (index * self.world_size + self.rank) * self.batch_size
-        starts = np.array([self._start(i) for i in range(first, first + self.batch_size)])
+        starts = self._starts(first, first + self.batch_size)
         windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.sequence_length + 1)
         return torch.from_numpy(windows[starts])
 
-    def _start(self, window: int) -> int:
-        """Where window number `window`, counted over all passes, starts in the tokens."""
-        number, place = divmod(window, self.windows_per_pass)
-        if self._pass is None or self._pass[0] != number:
-            self._pass = number, self._pass_starts(number)
-        return int(self._pass[1][place])
+    def reshape(self, batch_size: int, sequence_length: int) -> None:
+        """Hand out batches of another shape from the next one on.
+
+        With the same sequence length the order of the windows goes on; with another there is
+        another order, which starts with a new pass. Raises ValueError for a shape too large.
+        """
+        if (batch_size, sequence_length) == (self.batch_size, self.sequence_length):
+            return
+        state = self.state_dict()
+        windows = _windows_per_pass(len(self._tokens), sequence_length)
+        self._require_batch(windows, batch_size, sequence_length)
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        self.windows_per_pass, self._pass = windows, None
+        self._go_on(state)
+
+    def _starts(self, first: int, end: int) -> np.ndarray:
+        """Where windows `first` to `end`, counted over all passes, start in the tokens."""
+        parts = []
+        while first < end:
+            number, place = divmod(first, self.windows_per_pass)
+            if self._pass is None or self._pass[0] != number:
+                self._pass = number, self._pass_starts(number)
+            parts.append(self._pass[1][place : place + end - first])
+            first += len(parts[-1])
+        return np.concatenate(parts)
 
     def _pass_starts(self, number: int) -> np.ndarray:
         """(windows_per_pass,) starts of the windows of a pass, in the order of the pass."""
@@ -101,14 +126,26 @@ class TokenStream:
         }
 
     def state_dict(self) -> dict[str, int]:
-        return {"next_batch": self.next_batch, "origin": self._origin, **self._identity()}
+        rows, length = self._first_shape
+        first = {"first_batch_size": rows, "first_sequence_length": length}
+        return {"next_batch": self.next_batch, "origin": self._origin, **first, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken.
+        """Go on where `state` was taken, in the shape that batches had there.
 
-        With a batch of another size the order of the windows goes on; with another text, seed or
-        sequence length there is another order, which starts with a new pass.
+        Where the stream was made with another shape, its own holds. With a batch of another size
+        the order of the windows goes on; with another text, seed or sequence length there is
+        another order, which starts with a new pass.
         """
+        first = [state.get(f"first_{key}", state[key]) for key in ("batch_size", "sequence_length")]
+        if tuple(first) == self._first_shape:
+            self.batch_size, self.sequence_length = state["batch_size"], state["sequence_length"]
+            self.windows_per_pass = _windows_per_pass(len(self._tokens), self.sequence_length)
+            self._pass = None
+        self._go_on(state)
+
+    def _go_on(self, state: dict[str, int]) -> None:
+        """Take the place of `state` over into this stream's shape."""
         self.next_batch, self._origin = state["next_batch"], state["origin"]
         ours = self._identity()
         changed = {key for key in ours if ours[key] != state[key]}

@@ -16,10 +16,12 @@ class Network(nn.Module):
     Attributes:
         vocab_size: Number of logits, at least the number of the tokenizer's tokens.
         max_sequence_length: Longest sequence it can read; None if there is no limit.
+        wants_token_counts: Whether `use_token_counts` is to be called; counting takes time.
     """
 
     vocab_size: int
     max_sequence_length: int | None = None
+    wants_token_counts: bool = False
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
@@ -32,6 +34,13 @@ class Network(nn.Module):
             `hlbgpt.models.score`, which makes both from logits.
         """
         raise NotImplementedError
+
+    def use_token_counts(self, counts: Tensor) -> None:
+        """Take how often each token comes in the training split; before the first step.
+
+        Args:
+            counts: (tokens of the tokenizer,) int64, on the network's device.
+        """
 
 
 def token_scores(net: Network, batch: Tensor) -> TokenScores:
