@@ -3,7 +3,9 @@
 from hlbgpt.callbacks.batch_growth import BatchGrowth
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.divergence import StopOnDivergence
+from hlbgpt.callbacks.hlb041 import SequenceGrowth, SteeredBatch
 from hlbgpt.callbacks.samples import PrintSample
+from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
 
@@ -12,6 +14,9 @@ __all__ = [
     "LastCheckpoint",
     "LossScaledWeightDecay",
     "PrintSample",
+    "SequenceGrowth",
+    "SteeredBatch",
     "StopOnDivergence",
     "TimeToTarget",
+    "TokenSchedule",
 ]
