@@ -10,6 +10,7 @@ if a run failed.
 """
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 
 import yaml
 from benchmark_jobs import Job, jobs, parse, require_same_as_before
-from benchmark_results import Run, failure, markdown, results, write
+from benchmark_results import Run, markdown, results, write
 
 from hlbgpt.checkpoint_io import load_checkpoint
 from hlbgpt.errors import InputError
@@ -94,7 +95,9 @@ def outcome(job: Job, error: str | None = None) -> Run:
     if path.is_file():
         record = json.loads(path.read_text())
         settings = yaml.safe_load((job.run_folder / CONFIG).read_text())
-    error = error or (failure(record) if record else f"no {RECORD} at {path}")
+        error = without_value(record)  # it has got to its end, however the process did
+    elif not error:
+        error = f"no {RECORD} at {path}"
     return Run(
         variant=job.variant,
         seed=job.seed,
@@ -106,6 +109,13 @@ def outcome(job: Job, error: str | None = None) -> Run:
         mode=settings["time_to_target"].get("mode", "min"),
         max_steps=settings["trainer"].get("max_steps", -1),
     )
+
+
+def without_value(record: dict[str, Any]) -> str | None:
+    """Why a run that has its record has no final value; None if it has."""
+    if record["value"] is None:
+        return "never validated; make trainer.val_check_interval smaller"
+    return None if math.isfinite(record["value"]) else f"{record['monitor']} is {record['value']}"
 
 
 def run_all(asked: Sequence[Job]) -> Iterator[Run]:

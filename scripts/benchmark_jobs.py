@@ -83,7 +83,12 @@ def parse(arguments: Sequence[str], description: str) -> tuple[argparse.Namespac
     """The options, and the arguments of hlbgpt behind `--`."""
     words = list(arguments)
     split = words.index("--") if "--" in words else len(words)
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        epilog="What follows -- are arguments of hlbgpt for all runs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="append", default=[], help="config file; may repeat")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it")

@@ -2,14 +2,16 @@
 
 import csv
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy import stats
+try:
+    from scipy import stats
+except ModuleNotFoundError:
+    raise SystemExit("benchmark: error: needs scipy; pip install -e '.[bench]'") from None
 
 NONE = "-"
 TIMES = ("train_seconds", "compile_seconds", "validation_seconds", "wall_seconds")
@@ -294,10 +296,3 @@ def write(found: dict[str, Any], runs: Sequence[Run], out: Path) -> None:
         rows = csv.DictWriter(file, fieldnames=list(lines[0]))
         rows.writeheader()
         rows.writerows(lines)
-
-
-def failure(record: dict[str, Any]) -> str | None:
-    """Why a run that has its record has no final value; None if it has."""
-    if record["value"] is None:
-        return "never validated; make trainer.val_check_interval smaller"
-    return None if math.isfinite(record["value"]) else f"{record['monitor']} is {record['value']}"
