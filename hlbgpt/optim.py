@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+
+def _is_block_matrix(name: str) -> bool:
+    """Tables of values in a block are embeddings."""
+    return name.startswith("blocks.") and not name.endswith("_table.weight")
+
+
 # Name, settings of its own, and which parameters: the first rule that fits decides.
 _GROUPS: tuple[tuple[str, dict[str, Any], Callable[[str, nn.Parameter], bool]], ...] = (
     ("slopes", {"weight_decay": 0.0}, lambda name, p: name.endswith(".slope")),  # of positions
-    ("block_matrices", {}, lambda name, p: p.ndim >= 2 and name.startswith("blocks.")),
+    ("block_matrices", {}, lambda name, p: p.ndim >= 2 and _is_block_matrix(name)),
     ("head", {"weight_decay": 0.0}, lambda name, p: p.ndim >= 2 and name.startswith("head.")),
     ("embeddings", {"weight_decay": 0.0}, lambda _, p: p.ndim >= 2),  # input, positions, tied head
     ("vectors", {"weight_decay": 0.0}, lambda _, p: p.ndim < 2),  # norms, biases, scalars
@@ -89,7 +95,7 @@ class MuonAdamW(Optimizer):
             group["initial_lr"] = group["lr"]  # what schedules multiply
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -106,7 +112,7 @@ class MuonAdamW(Optimizer):
             shapes.setdefault((param.shape[0], param.shape[1]), []).append(param)
         for (rows, columns), same in shapes.items():
             momenta = [self._state(param, "momentum_buffer") for param in same]
-            gradients = [param.grad for param in same]
+            gradients = _gradients(same)
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
             updates = orthogonalized(torch.stack(ahead))
@@ -118,7 +124,7 @@ class MuonAdamW(Optimizer):
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         adamw(
             params,
-            [param.grad for param in params if param.grad is not None],
+            _gradients(params),
             [self._state(param, "exp_avg") for param in params],
             [self._state(param, "exp_avg_sq") for param in params],
             [],
@@ -144,6 +150,10 @@ class MuonAdamW(Optimizer):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         return state["step"]
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
 
 
 def orthogonalized(

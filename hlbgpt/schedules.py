@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -204,7 +205,7 @@ class PowerLaw(LRScheduler):
             return self.warmup_start + step / self.warmup_steps * (1 - self.warmup_start)
         return (step + 1 - self.warmup_steps) ** self.power
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         return [
             base * self.factor(str(group.get("name")), self.last_epoch)
             for base, group in zip(self.base_lrs, self.optimizer.param_groups, strict=True)

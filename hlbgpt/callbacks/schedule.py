@@ -1,13 +1,14 @@
 """The schedule: a table of shapes, learning rate, momentum and validations, in tokens."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError, require_positive
+from hlbgpt.memory import fitting_tokens
 from hlbgpt.module import LanguageModule
 from hlbgpt.schedules import Row, Step, plan_steps, require_sane, shapes
 
@@ -20,12 +21,15 @@ class TokenSchedule(L.Callback):
 
     Args:
         table: Rows, see `hlbgpt.schedules.Row`.
-        micro_batch_tokens: Most tokens of a micro-batch on a device. It changes memory and speed,
-            not what is learned.
+        micro_batch_tokens: Most tokens of a micro-batch on a device, or `auto` for what its memory
+            holds. It changes memory and speed, not what is learned.
     """
 
-    def __init__(self, table: Sequence[Row] = (), micro_batch_tokens: int = 16384) -> None:
-        require_positive("schedule.", micro_batch_tokens=micro_batch_tokens)
+    def __init__(
+        self, table: Sequence[Row] = (), micro_batch_tokens: int | Literal["auto"] = "auto"
+    ) -> None:
+        if micro_batch_tokens != "auto":
+            require_positive("schedule.", micro_batch_tokens=micro_batch_tokens)
         self.table, self.micro_batch_tokens = list(table), micro_batch_tokens
         self.steps: list[Step] = []
         if self.table:
@@ -39,19 +43,35 @@ class TokenSchedule(L.Callback):
         if not self.table or trainer.state.fn != TrainerFn.FITTING:
             return
         assert isinstance(pl_module, LanguageModule)
-        self.steps = plan_steps(
-            self.table,
-            micro_batch_tokens=self.micro_batch_tokens,
-            world_size=trainer.world_size,
-        )
+        tokens = self.micro_batch_tokens
+        # Until the network is on its device, a window a micro-batch stands for what will fit.
+        self._plan(trainer, pl_module, 1 if tokens == "auto" else tokens)
         self._require_fitting(trainer, pl_module)
         if trainer.max_steps < 0:
             trainer.fit_loop.epoch_loop.max_steps = len(self.steps)
-        pl_module.train_shapes = list(shapes(self.steps))
         pl_module.steps.validates = lambda step: self.steps[step].validate
+
+    def _plan(self, trainer: L.Trainer, module: LanguageModule, micro_batch_tokens: int) -> None:
+        self.steps = plan_steps(
+            self.table, micro_batch_tokens=micro_batch_tokens, world_size=trainer.world_size
+        )
+        module.train_shapes = list(shapes(self.steps))
         first = self.steps[0]
-        pl_module.data.micro_batch_size = first.batch_size
-        pl_module.data.sequence_length = first.sequence_length
+        module.data.micro_batch_size = first.batch_size
+        module.data.sequence_length = first.sequence_length
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find out what fits, now that the network is where it trains."""
+        if not self.steps or self.micro_batch_tokens != "auto":
+            return
+        assert isinstance(pl_module, LanguageModule)
+        longest = max(step.sequence_length for step in self.steps)
+        most = max(step.tokens() for step in self.steps)
+        with trainer.precision_plugin.forward_context():
+            tokens = fitting_tokens(pl_module.net, longest, most, pl_module.device)
+        tokens = trainer.strategy.broadcast(tokens)  # one plan for all devices
+        self._plan(trainer, pl_module, tokens)
+        pl_module.print(f"schedule.micro_batch_tokens: auto: {tokens:,}")
 
     def _require_fitting(self, trainer: L.Trainer, module: LanguageModule) -> None:
         if trainer.max_steps > len(self.steps):
@@ -78,6 +98,11 @@ class TokenSchedule(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._apply(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
+        self._apply(trainer, pl_module)  # over what a checkpoint with other micro-batches says
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._apply(trainer, pl_module)

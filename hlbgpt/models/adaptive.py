@@ -150,9 +150,9 @@ class AdaptiveHead(nn.Module):
             likely = first.logits(x[part]).float().log_softmax(-1)
             loss.append(F.nll_loss(likely, choice[part], ignore_index=IGNORE, reduction="none"))
             rare[part] = likely[:, common:]
-            highest = likely[:, :common].max(-1)
-            top.append(highest.values)
-            best.append(highest.indices)
+            value, index = likely[:, :common].max(-1)
+            top.append(value)
+            best.append(index)
         losses, tops, bests = torch.cat(loss), torch.cat(top), torch.cat(best)
         for number, (low, high) in enumerate(self._rare()):
             # Here the target lies, or no token can be likelier than the cluster as a whole.
@@ -161,8 +161,9 @@ class AdaptiveHead(nn.Module):
                 within = self._classes(slice(low, high)).logits(x[part]).float().log_softmax(-1)
                 wanted = torch.where(cluster[part] == number + 1, ranks[part] - low, IGNORE)
                 losses[part] += F.nll_loss(within, wanted, ignore_index=IGNORE, reduction="none")
-                likely = within.max(-1)
-                higher = likely.values + rare[part, number] > tops[part]
-                bests[part] = torch.where(higher, likely.indices + low, bests[part])
-                tops[part] = torch.where(higher, likely.values + rare[part, number], tops[part])
+                value, index = within.max(-1)
+                value, index = value + rare[part, number], index + low
+                higher = value > tops[part]
+                bests[part] = torch.where(higher, index, bests[part])
+                tops[part] = torch.where(higher, value, tops[part])
         return TokenScores(losses.view_as(targets), (bests == ranks).view_as(targets))

@@ -50,14 +50,11 @@ class HLB041(Network):
         self.loss_chunk = loss_chunk
         # A token's gradient is divided by how often it came: rare and frequent ones learn alike.
         self.embedding = nn.Embedding(vocab_size, width, scale_grad_by_freq=True)
-        self.blocks = nn.ModuleList(LatentBlock(width) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(LatentBlock(width, num_blocks) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.25 / width**0.5)
         nn.init.normal_(self.head.weight, std=0.5 / width**0.5)
-        for block in self.blocks:
-            nn.init.normal_(block.expand.weight, std=0.25 / width**0.5)
-            nn.init.normal_(block.project.weight, std=0.5 / width**0.5 / num_blocks)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
@@ -76,13 +73,15 @@ class HLB041(Network):
 class LatentBlock(nn.Module):
     """x + project([local, attention(q, k, values)]) of one normed x."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, num_blocks: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, bias=False)
         self.sizes = (width // 8, width // 8, 2 * width, 2 * width)
         self.expand = nn.Linear(width, sum(self.sizes), bias=False)
         self.project = nn.Linear(2 * width, width, bias=False)
         self.slope = nn.Parameter(torch.ones(()))
+        nn.init.normal_(self.expand.weight, std=0.25 / width**0.5)
+        nn.init.normal_(self.project.weight, std=0.5 / width**0.5 / num_blocks)
 
     def forward(self, x: Tensor, distance: Tensor) -> Tensor:
         query, key, linear, gate = self.expand(self.norm(x)).split(self.sizes, dim=-1)

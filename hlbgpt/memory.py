@@ -1,0 +1,77 @@
+"""How large a micro-batch a card holds, found out before training and not by running out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hlbgpt.errors import InputError
+from hlbgpt.models import Network
+
+_USED = 0.85  # of the memory that is free; the rest is for fragments and what libraries take
+_CPU_TOKENS = 8192  # more at once brings a CPU nothing
+
+
+def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.device) -> int:
+    """Tokens of the largest micro-batch that fits on `device` beside what training keeps there.
+
+    Two small micro-batches are run forward and backward, without torch.compile, which takes no
+    more memory; what they take is carried on in a straight line.
+
+    Args:
+        net: On `device`, without gradients.
+        sequence_length: Of the longest windows.
+        most: Tokens that are never exceeded.
+        device: A GPU; on any other device `most`, up to 8192.
+
+    Raises:
+        InputError: not even one window fits.
+    """
+    if device.type != "cuda":
+        return min(most, max(_CPU_TOKENS, sequence_length))
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # Gradients, and two numbers a parameter of the optimizer.
+    kept = 3 * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+
+    def peak(windows: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _forward_and_backward(net, windows, sequence_length, device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    windows = windows_that_fit(peak, (free + unused) * _USED - kept, most // sequence_length)
+    torch.cuda.empty_cache()
+    return windows * sequence_length
+
+
+def windows_that_fit(peak: Callable[[int], int], room: float, most: int) -> int:
+    """The most windows, up to `most`, whose memory stays within `room` bytes.
+
+    Args:
+        peak: Bytes that a micro-batch of so many windows takes; asked for one, and two.
+        room: Bytes.
+        most: At least 1.
+
+    Raises:
+        InputError: not even one window fits.
+    """
+    one = peak(1)
+    if one > room:
+        raise InputError(
+            f"schedule.micro_batch_tokens: one window takes {one / 1e9:.1f} GB, and "
+            f"{max(room, 0) / 1e9:.1f} GB are free; use shorter sequences or a smaller network"
+        )
+    if most <= 1:
+        return 1
+    more = max(1, peak(2) - one)
+    return max(1, min(most, 1 + int((room - one) // more)))
+
+
+def _forward_and_backward(
+    net: Network, windows: int, sequence_length: int, device: torch.device
+) -> None:
+    tokens: Tensor = torch.zeros(windows, sequence_length, dtype=torch.int64, device=device)
+    with torch.random.fork_rng([device]):
+        net.forward(tokens, tokens).backward()  # past torch.compile
+    net.zero_grad(set_to_none=True)

@@ -1,0 +1,239 @@
+"""What every network has to keep, and the mathematics of hlb-gpt 0.4.1's and of the fast one."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlbgpt.errors import InputError
+from hlbgpt.models import GPT, HLB041, FastGPT, Network
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 3}
+NETWORKS = {
+    "gpt": lambda: GPT(**SMALL, num_heads=2),
+    "gpt in chunks": lambda: GPT(**SMALL, num_heads=2, loss_chunk=5),
+    "hlb041": lambda: HLB041(**SMALL),
+    "fast": lambda: FastGPT(**SMALL, num_heads=2),
+    "fast, clusters": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], loss_chunk=7),
+    "fast, room": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], shares=[1.0, 1.0]),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def net(request: pytest.FixtureRequest) -> Network:
+    """A network far from its start, where much is zero."""
+    torch.manual_seed(0)
+    net = NETWORKS[request.param]()
+    net.use_token_counts(torch.randint(1000, (60,)))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def test_no_output_depends_on_a_later_token(net: Network) -> None:
+    tokens = torch.randint(64, (1, 16))
+    before = net(tokens)
+    for place in range(16):
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % 64
+        after = net(changed)
+        torch.testing.assert_close(after[0, :place], before[0, :place])
+        assert not torch.allclose(after[0, place], before[0, place])
+
+
+def test_scores_and_loss_are_those_of_the_logits(net: Network) -> None:
+    """Whatever the head and the chunks: one properly normalised distribution."""
+    tokens = torch.randint(64, (4, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[2, 5:] = -1
+    likely = net(inputs).float().log_softmax(-1)
+    kept = targets >= 0
+    expected = -likely.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    with torch.no_grad():
+        scores = net(inputs, targets, per_token=True)
+    torch.testing.assert_close(scores.loss[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    assert scores.loss[~kept].eq(0).all()
+    assert not scores.correct[~kept].any()
+    assert torch.equal(scores.correct[kept], (likely.argmax(-1) == targets)[kept])
+    torch.testing.assert_close(net(inputs, targets), expected[kept].mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_logits(net: Network) -> None:
+    tokens = torch.randint(64, (4, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[1, 3:] = -1
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        net.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    dense = F.cross_entropy(net(inputs).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    for ours, theirs in zip(gradients(net(inputs, targets)), gradients(dense), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_is_near_fp32(net: Network) -> None:
+    """bf16 has 8 bits: a gradient may differ by a few hundredths of its length."""
+    tokens = torch.randint(64, (8, 17))
+
+    def loss_and_gradients() -> tuple[Tensor, list[Tensor]]:
+        net.zero_grad()
+        loss = net(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    for parameter in net.parameters():  # near where networks start
+        nn.init.normal_(parameter, std=0.1)
+    exact, exact_gradients = loss_and_gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), abs=0.02)
+    ours, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, exact_gradients))
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_compiled_gradients_equal_eager_ones(net: Network) -> None:
+    tokens = torch.randint(64, (4, 17))
+
+    def gradients() -> list[Tensor]:
+        net.zero_grad()
+        net(tokens[:, :-1], tokens[:, 1:]).backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    eager = gradients()
+    torch.compiler.reset()
+    net.compile(backend="aot_eager")
+    for ours, theirs in zip(gradients(), eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_and_counts_survive_a_checkpoint(net: Network) -> None:
+    other = type(net)(**SMALL, **({} if isinstance(net, HLB041) else {"num_heads": 2}))
+    if isinstance(net, FastGPT):
+        other = FastGPT(**SMALL, num_heads=2, cutoffs=list(net.head.edges[1:-1]))
+    other.load_state_dict(net.state_dict())
+    tokens = torch.randint(64, (2, 9))
+    torch.testing.assert_close(net(tokens), other(tokens))
+
+
+# --- hlb-gpt 0.4.1 --------------------------------------------------------------------------------
+
+
+def reference(net: HLB041, tokens: Tensor) -> Tensor:
+    """The network of 0.4.1 as its description has it, one token and block at a time."""
+    x = net.embedding.weight[tokens]
+    width = x.shape[-1]
+    for block in net.blocks:
+        y = F.layer_norm(x, (width,), block.norm.weight) @ block.expand.weight.T
+        query, key, linear, gate = y.split([width // 8, width // 8, 2 * width, 2 * width], dim=-1)
+        hidden = linear * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+        local, values = hidden[..., :width], hidden[..., width:]
+        slope = torch.log1p(block.slope.exp())
+        rows = []
+        for i in range(tokens.shape[1]):
+            near = torch.arange(i + 1)
+            logits = (query[:, i : i + 1] * key[:, : i + 1]).sum(-1) / math.sqrt(width // 8)
+            share = (logits + slope * (near - i)).softmax(-1)
+            rows.append((share[..., None] * values[:, : i + 1]).sum(1))
+        x = x + torch.cat([local, torch.stack(rows, 1)], dim=-1) @ block.project.weight.T
+    return F.layer_norm(x, (width,), net.norm.weight) @ net.head.weight.T
+
+
+def test_hlb041_equals_its_description() -> None:
+    torch.manual_seed(0)
+    net = HLB041(**SMALL)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(64, (3, 11))
+    torch.testing.assert_close(net(tokens), reference(net, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_sizes() -> None:
+    """The published 46.0M, and a shape of 1.5 billion."""
+
+    def parameters(net: Network) -> int:
+        return sum(parameter.numel() for parameter in net.parameters())
+
+    with torch.device("meta"):
+        assert parameters(HLB041()) == 46_009_736
+        assert 45e6 < parameters(FastGPT(num_blocks=4)) < 60e6
+        assert 1.4e9 < parameters(HLB041(width=2048, num_blocks=50)) < 1.7e9
+        assert 1.4e9 < parameters(FastGPT(width=2048, num_heads=16, num_blocks=26)) < 1.7e9
+
+
+def test_hlb041_initial_values() -> None:
+    torch.manual_seed(0)
+    net = HLB041(vocab_size=4096, width=96, num_blocks=2)
+    unit = 96**-0.5
+    for parameter, std in (
+        (net.embedding.weight, 0.25 * unit),
+        (net.head.weight, 0.5 * unit),
+        (net.blocks[0].expand.weight, 0.25 * unit),
+        (net.blocks[1].project.weight, 0.25 * unit),
+    ):
+        assert parameter.std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_rare_tokens_learn_like_frequent_ones() -> None:
+    """An embedding's gradient is divided by how often its token came."""
+    net = HLB041(**SMALL)
+    tokens = torch.zeros(1, 17, dtype=torch.int64)
+
+    def gradient(*, scaled: bool) -> Tensor:
+        net.zero_grad()
+        net.embedding.scale_grad_by_freq = scaled
+        net(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert net.embedding.weight.grad is not None
+        return net.embedding.weight.grad[0].clone()
+
+    torch.testing.assert_close(gradient(scaled=True) * 16, gradient(scaled=False))
+
+
+# --- the fast one ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cutoffs", [[], [8, 24]])
+def test_fast_starts_from_how_often_tokens_come(cutoffs: list[int]) -> None:
+    torch.manual_seed(0)
+    net = FastGPT(**SMALL, num_heads=2, cutoffs=cutoffs)
+    counts = torch.randint(1000, (60,))
+    net.use_token_counts(counts)
+    share = F.pad(counts, (0, 4)).double() + 0.5
+    likely = net(torch.randint(64, (2, 9)))
+    expected = (share / share.sum()).log().float().expand_as(likely)
+    torch.testing.assert_close(likely, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_room_for_fewer_leaves_out_the_last_of_a_cluster() -> None:
+    """Targets beyond the room count in the choice of clusters, and in evaluation in full."""
+    torch.manual_seed(0)
+    net = FastGPT(**SMALL, num_heads=2, cutoffs=[8], shares=[0.25]).head
+    nn.init.normal_(net.weight, std=0.3)
+    x, targets = torch.randn(1, 16, 32), torch.full((1, 16), 2)
+    targets[0, 4:12] = 40  # eight in the rare cluster, room for four
+    likely = net.log_probabilities(x)[0]
+    losses = -likely.gather(1, targets[0, :, None])[:, 0]
+    torch.testing.assert_close(net(x, targets, per_token=True).loss[0], losses)
+    losses[8:12] = -likely[8:12, 8:].logsumexp(-1)
+    torch.testing.assert_close(net(x, targets), losses.mean())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: HLB041(width=100), "width: 100 is not divisible by 8"),
+        (lambda: HLB041(num_blocks=0), "num_blocks: 0 is less than 1"),
+        (lambda: FastGPT(width=100, num_heads=3), "width: 100 is not divisible by twice num_heads"),
+        (lambda: FastGPT(cutoffs=[9, 5]), r"cutoffs: \[9, 5\] do not rise"),
+        (lambda: FastGPT(cutoffs=[60000]), r"cutoffs: \[60000\] do not rise"),
+        (lambda: FastGPT(cutoffs=[9], shares=[0.5, 0.5]), "shares: 2 given for 1 cutoffs"),
+    ],
+)
+def test_impossible_sizes_are_named(build: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build()
