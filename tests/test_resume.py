@@ -15,12 +15,60 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_module import trainer
 
-from hlbgpt.callbacks import BatchGrowth, TimeToTarget
+from hlbgpt.callbacks import (
+    BatchGrowth,
+    LossScaledWeightDecay,
+    SequenceGrowth,
+    SteeredBatch,
+    TimeToTarget,
+    TokenSchedule,
+)
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.models import GPT
 from hlbgpt.module import LanguageModule
+from hlbgpt.optim import MuonAdamW
+from hlbgpt.schedules import PowerLaw, Row
 
 MAX_STEPS = 14
+
+# Three sequence lengths and step sizes over 14 steps, most of them of several micro-batches.
+TABLE = [
+    Row(0, sequence_length=8, step_tokens=64, lr=1.0, momentum=0.8, validate_every=100),
+    Row(200, sequence_length=16, step_tokens=192, momentum=0.95),
+    Row(700, sequence_length=32, step_tokens=256, lr=1.0, validate_every=300),
+    Row(2500, lr=0.1),
+]
+
+
+def baseline(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
+    return (
+        lambda groups: torch.optim.AdamW(groups, lr=lr),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=MAX_STEPS),
+        [BatchGrowth(rate=growth, initial_norm=0.0)] if growth else [],
+    )
+
+
+def hlb041(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
+    return (
+        lambda groups: MuonAdamW(groups, {"embeddings": {"lr": 4 * lr}}, lr=lr),
+        lambda optimizer: PowerLaw(optimizer, warmup_steps=4),
+        [
+            SequenceGrowth(initial=8, every_n_steps=4),
+            SteeredBatch(rate=30.0, every_n_steps=2),
+            LossScaledWeightDecay(strength=16.0, base=7.0),
+        ],
+    )
+
+
+def speedrun(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
+    return (
+        lambda groups: MuonAdamW(groups, {"block_matrices": {"method": "muon"}}, lr=lr),
+        None,
+        [TokenSchedule(TABLE, micro_batch_tokens=64)],
+    )
+
+
+RECIPES = {"baseline": baseline, "hlb041": hlb041, "speedrun": speedrun}
 
 
 class Noisy(GPT):
@@ -63,17 +111,14 @@ def run(
     growth: float = 0.3,
     purge_step: int | None = None,
     lr: float = 0.02,
+    recipe: str = "baseline",
     **arguments: Any,
 ) -> tuple[L.Trainer, LanguageModule]:
     """Train a small network over three short passes; 16 micro-batches a pass."""
     L.seed_everything(5, verbose=False)
     net = Noisy(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, num_blocks=2)
-    module = LanguageModule(
-        net,
-        lambda groups: torch.optim.AdamW(groups, lr=lr),
-        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=MAX_STEPS),
-        compile=compiled,
-    )
+    optimizer, scheduler, grow = RECIPES[recipe](lr, growth)
+    module = LanguageModule(net, optimizer, scheduler, compile=compiled)
     data = TokenDataModule(
         TextFiles(folder=str(folder)),
         "bytes",
@@ -88,7 +133,6 @@ def run(
         logger = TensorBoardLogger(
             place, name="", version="", default_hp_metric=False, purge_step=purge_step
         )
-    grow = [BatchGrowth(rate=growth, initial_norm=0.0)] if growth else []
     settings: dict[str, Any] = {
         "max_steps": MAX_STEPS,
         "limit_val_batches": 1.0,
@@ -112,7 +156,7 @@ def state_of(run: L.Trainer, module: LanguageModule) -> dict[str, Any]:
     return {
         "weights": module.state_dict(),
         "optimizer": run.optimizers[0].state_dict(),
-        "scheduler": run.lr_scheduler_configs[0].scheduler.state_dict(),
+        "scheduler": [config.scheduler.state_dict() for config in run.lr_scheduler_configs],
         "stream": loader.flattened[0].state_dict(),
         "tokens": module.tokens_seen,
         "epoch": run.current_epoch,
@@ -238,6 +282,26 @@ def test_resume_is_exact_in_every_kind_of_run(
     ]
     state, lines = whole(**kind)
     resumed, continued = stop_and_resume(folder, tmp_path / "run", stops, **kind)
+    assert_same(state, resumed)
+    assert_same(lines, continued)
+
+
+@pytest.mark.parametrize("recipe", ["hlb041", "speedrun"])
+def test_resume_is_exact_where_shapes_change(
+    folder: Path, tmp_path: Path, whole: Any, recipe: str
+) -> None:
+    """Stopped in steps of each sequence length, in the middle of accumulation too."""
+    state, lines = whole(recipe=recipe)
+    assert {length for _, length in lines["sequence_length"]} == {8, 16, 32}
+    assert max(size for _, size in lines["micro_batches_per_step"]) >= 3
+    stops = [
+        ("on_train_batch_end", 4),
+        ("on_train_batch_start", 5),
+        ("on_validation_end", 1),
+        ("on_train_batch_end", 6),
+        ("on_train_batch_end", 3),
+    ]
+    resumed, continued = stop_and_resume(folder, tmp_path / "run", stops, recipe=recipe)
     assert_same(state, resumed)
     assert_same(lines, continued)
 
