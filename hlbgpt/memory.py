@@ -37,7 +37,8 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     def peak(windows: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _forward_and_backward(net, windows, sequence_length, device)
+        # Past torch.compile, which would compile for these shapes.
+        forward_and_backward(net.forward, net, (windows, sequence_length), device)
         return torch.cuda.max_memory_allocated(device) - before
 
     windows = windows_that_fit(peak, (free + unused) * _USED - kept, most // sequence_length)
@@ -68,10 +69,11 @@ def windows_that_fit(peak: Callable[[int], int], room: float, most: int) -> int:
     return max(1, min(most, 1 + int((room - one) // more)))
 
 
-def _forward_and_backward(
-    net: Network, windows: int, sequence_length: int, device: torch.device
+def forward_and_backward(
+    run: Callable[..., Tensor], net: Network, shape: tuple[int, int], device: torch.device
 ) -> None:
-    tokens: Tensor = torch.zeros(windows, sequence_length, dtype=torch.int64, device=device)
-    with torch.random.fork_rng([device]):
-        net.forward(tokens, tokens).backward()  # past torch.compile
+    """Let `run`, the network or its `forward`, learn from dummy tokens, and forget all of it."""
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        run(tokens, tokens).backward()
     net.zero_grad(set_to_none=True)

@@ -146,6 +146,7 @@ class LanguageModule(L.LightningModule):
             f"{type(self.net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} "
             f"tokens ({train.tokenizer}); micro-batch: {step:,} tokens; {self.trainer.precision}"
         )
+        data.place_tokens(self.device)
         if self.compile_net:
             with self.trainer.precision_plugin.forward_context():
                 self.compile_seconds += warm_up(

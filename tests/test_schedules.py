@@ -156,9 +156,9 @@ def muon(groups: Any) -> MuonAdamW:
 
 
 def fit(
-    folder: Path, tmp_path: Path, *callbacks: L.Callback, optimizer: Any = muon
+    folder: Path, tmp_path: Path, *callbacks: L.Callback, optimizer: Any = muon, **data: Any
 ) -> LanguageModule:
-    _, datamodule = make(folder, tmp_path)
+    _, datamodule = make(folder, tmp_path, **data)
     torch.manual_seed(0)
     net = GPT(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, num_blocks=2)
     module = LanguageModule(net, optimizer, compile=False)
@@ -193,6 +193,15 @@ def test_the_cut_into_micro_batches_changes_nothing(
     assert whole.tokens_seen == cut.tokens_seen
     for ours, theirs in zip(cut.net.parameters(), whole.net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_on_the_device_are_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    runs = [
+        fit(folder, tmp_path, TokenSchedule(TABLE, micro_batch_tokens=64), tokens_on_device=there)
+        for there in (False, True)
+    ]
+    for ours, theirs in zip(*(run.net.parameters() for run in runs), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_sequence_length_doubles_after_each_interval(folder: Path, tmp_path: Path) -> None:

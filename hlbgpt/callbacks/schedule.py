@@ -6,9 +6,10 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from hlbgpt.clock import Stopwatch
 from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError, require_positive
-from hlbgpt.memory import fitting_tokens
+from hlbgpt.memory import fitting_tokens, forward_and_backward
 from hlbgpt.module import LanguageModule
 from hlbgpt.schedules import Row, Step, plan_steps, require_sane, shapes
 
@@ -97,7 +98,25 @@ class TokenSchedule(L.Callback):
             module.data.require_batch(batch_size, length, key="schedule.table")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.steps and pl_module.device.type == "cpu":
+            self._say_how_long(trainer, pl_module)
         self._apply(trainer, pl_module)
+
+    def _say_how_long(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Before the clock starts: on a CPU a run may take hours."""
+        assert isinstance(module, LanguageModule)
+        step, left = self.steps[0], self.steps[trainer.global_step : trainer.max_steps]
+        shape, tokens = (step.batch_size, step.sequence_length), sum(s.tokens() for s in left)
+        watch = Stopwatch()
+        with trainer.precision_plugin.forward_context():
+            for _ in range(2):  # what is measured is the second
+                watch = Stopwatch()
+                watch.start()
+                forward_and_backward(module.net, module.net, shape, module.device)
+        minutes = watch.seconds / (shape[0] * shape[1]) * tokens / 60
+        module.print(
+            f"on this CPU about {minutes:.1f} minutes of training for {tokens / 1e6:.2f}M tokens"
+        )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any

@@ -47,6 +47,8 @@ class TokenDataModule(L.LightningDataModule):
         cache_dir: Folder for the token files.
         seed: Seed of the data order; by default the run's `seed_everything`.
         prompts: Texts that `predict` continues.
+        tokens_on_device: Whether the training tokens lie on the device, and batches are gathered
+            there; by default on a GPU, if they take less than a tenth of its free memory.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TokenDataModule(L.LightningDataModule):
         cache_dir: str = "~/.cache/hlbgpt",
         seed: int | None = None,
         prompts: list[str] | str = [],  # noqa: B006 (never changed; the CLI needs a plain default)
+        tokens_on_device: bool | None = None,
     ) -> None:
         super().__init__()
         require_positive(
@@ -78,6 +81,8 @@ class TokenDataModule(L.LightningDataModule):
         self.seed = seed
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.files: dict[str, TokenFile] = {}
+        self.tokens_on_device = tokens_on_device
+        self._resident: torch.Tensor | None = None  # the training tokens on the device, as int16
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -135,7 +140,18 @@ class TokenDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TokenStream:
         keys = "data.sequence_length, data.micro_batch_size"
-        return self._stream(self.micro_batch_size, self.sequence_length, keys)
+        stream = self._stream(self.micro_batch_size, self.sequence_length, keys)
+        stream.hands_out_places = self._resident is not None
+        return stream
+
+    def place_tokens(self, device: torch.device) -> None:
+        """Lay the training tokens on `device`, if that is asked for or worth it."""
+        tokens, wanted = self.files["train"].tokens, self.tokens_on_device
+        if wanted is None:
+            on_gpu = device.type == "cuda"
+            wanted = on_gpu and tokens.nbytes < 0.1 * torch.cuda.mem_get_info(device)[0]
+        if wanted:  # GPUs gather signed numbers only
+            self._resident = torch.from_numpy(tokens.astype(np.uint16).view(np.int16)).to(device)
 
     def require_batch(self, batch_size: int, sequence_length: int, *, key: str) -> None:
         """Raise InputError, with the key of the setting, for batches larger than the text."""
@@ -190,6 +206,10 @@ class TokenDataModule(L.LightningDataModule):
         self, batch: torch.Tensor, device: torch.device, dataloader_idx: int
     ) -> torch.Tensor:
         """To the device as uint16, a quarter of the bytes, and to int64 there."""
+        if self._resident is not None and not self._evaluating:
+            starts, length = batch[:, :1].to(device, non_blocking=True), int(batch[0, 1])
+            places = starts + torch.arange(length + 1, device=device)
+            return self._resident[places].to(torch.int64) & 0xFFFF
         batch = batch.to(device, non_blocking=True).to(torch.int64)
         return batch.masked_fill_(batch == PADDING, IGNORE) if self._evaluating else batch
 

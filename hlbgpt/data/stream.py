@@ -34,6 +34,7 @@ class TokenStream:
 
     Attributes:
         wait: Time that went into making batches.
+        hands_out_places: Whether to hand out `places`, for tokens that lie on the device.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class TokenStream:
         self._first_shape = batch_size, sequence_length
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.next_batch = self._origin = 0
-        self.wait = Stopwatch()
+        self.wait, self.hands_out_places = Stopwatch(), False
         self._pass: tuple[int, np.ndarray] | None = None
         self._require_batch(self.windows_per_pass, batch_size, sequence_length)
 
@@ -72,17 +73,25 @@ class TokenStream:
         """Batches without end, from where the stream stands; only taking one moves it on."""
         while True:
             self.wait.start()
-            batch = self.batch(self.next_batch)
+            take = self.places if self.hands_out_places else self.batch
+            batch = take(self.next_batch)
             self.wait.stop()
             self.next_batch += 1
             yield batch
 
     def batch(self, index: int) -> torch.Tensor:
         """Batch `index` counted from the start of training (or of a new order): (B, T + 1)."""
-        first = self._origin + (index * self.world_size + self.rank) * self.batch_size
-        starts = self._starts(first, first + self.batch_size)
         windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.sequence_length + 1)
-        return torch.from_numpy(windows[starts])
+        return torch.from_numpy(windows[self._starts_of_batch(index)])
+
+    def places(self, index: int) -> torch.Tensor:
+        """Where the windows of batch `index` start, and their length T: (B, 2) int64."""
+        starts = self._starts_of_batch(index)
+        return torch.from_numpy(np.stack([starts, np.full_like(starts, self.sequence_length)], 1))
+
+    def _starts_of_batch(self, index: int) -> np.ndarray:
+        first = self._origin + (index * self.world_size + self.rank) * self.batch_size
+        return self._starts(first, first + self.batch_size)
 
     def reshape(self, batch_size: int, sequence_length: int) -> None:
         """Hand out batches of another shape from the next one on.
