@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAST, QUICKSTART
+from conftest import LAST, QUICKSTART, TABLE
 
 from hlbgpt.cli import main
 from hlbgpt.data import TextFiles
@@ -104,6 +104,32 @@ FIT = [
     (["--data.source.folder=a_folder"], "'a_folder' has no wiki.train.raw or wiki.train.tokens"),
     (["--data.source.train=a_folder"], "data.source.train: no file 'a_folder'"),
     (["--trainer.default_root_dir=a_file/x"], "trainer.default_root_dir: cannot make 'a_file/x'"),
+    (["--schedule.table=[{tokens: 0}]"], "schedule.table: 1 rows; give at least"),
+    (["--schedule.table=[{tokens: 0, width: 3}]"], "schedule.table"),
+    (["--schedule.micro_batch_tokens=0"], "schedule.micro_batch_tokens: 0 is less than 1"),
+    (["--schedule.micro_batch_tokens=many"], "schedule.micro_batch_tokens"),
+    ([f"{TABLE}"], "model.lr_scheduler: the learning rate follows schedule.table"),
+    (
+        [TABLE.replace("16", "64"), "--model.lr_scheduler=null"],
+        "schedule.table: sequence_length 64 is longer than the network's context",
+    ),
+    (
+        [TABLE, "--model.lr_scheduler=null", "--trainer.max_steps=5"],
+        "trainer.max_steps: 5, but schedule.table ends after 4 steps",
+    ),
+    (
+        [
+            TABLE.replace("128", "999999"),
+            "--schedule.micro_batch_tokens=999999",
+            "--model.lr_scheduler=null",
+            "--trainer.max_steps=-1",
+        ],
+        "schedule.table: train split too short",
+    ),
+    (
+        ["--model.optimizer=hlbgpt.optim.MuonAdamW", "--model.optimizer.groups={heads: {}}"],
+        "model.optimizer: groups: no group 'heads'",
+    ),
     (["--ckpt_path=nowhere.ckpt"], "ckpt_path: no file 'nowhere.ckpt'"),
     (["--ckpt_path=best"], "ckpt_path: no file 'best'"),
     (["--ckpt_path=a_folder"], "ckpt_path: no file 'a_folder'"),

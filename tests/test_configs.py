@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS
+from conftest import CONFIGS, fitting
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_runs(config: Path, hlbgpt, tiny: list[str]) -> None:
-    out = hlbgpt("fit", "--config", config, *tiny)
+    out = hlbgpt("fit", "--config", config, *fitting(config, tiny))
     assert "target NOT met" in out
     folder = Path("runs") / config.stem / "version_0"
     assert {path.name for path in folder.iterdir()} >= {"config.yaml", "record.json", "checkpoints"}

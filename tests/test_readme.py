@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import CONFIGS, TINY
+from conftest import CONFIGS, TINY, fitting
 
 README = (CONFIGS.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -35,7 +35,9 @@ def small(arguments: list[str], sources: list[str]) -> list[str]:
     extra = sources if "--data.source" not in arguments else sources[-1:]
     given = " ".join(arguments)
     dropped = "model.net." if "--model.net " in given else "nothing"
-    return [*arguments, *extra, *[argument for argument in TINY if dropped not in argument]]
+    config = Path(arguments[arguments.index("--config") + 1])
+    suited = fitting(config, TINY)
+    return [*arguments, *extra, *[argument for argument in suited if dropped not in argument]]
 
 
 def test_commands_in_the_order_of_the_readme(hlbgpt, tiny: list[str], folder: Path) -> None:
