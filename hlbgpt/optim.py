@@ -21,6 +21,7 @@ def _is_block_matrix(name: str) -> bool:
 _GROUPS: tuple[tuple[str, dict[str, Any], Callable[[str, nn.Parameter], bool]], ...] = (
     ("slopes", {"weight_decay": 0.0}, lambda name, p: name.endswith(".slope")),  # of positions
     ("block_matrices", {}, lambda name, p: p.ndim >= 2 and _is_block_matrix(name)),
+    ("bigrams", {"weight_decay": 0.0}, lambda name, p: name.startswith("bigrams.")),
     ("head", {"weight_decay": 0.0}, lambda name, p: p.ndim >= 2 and name.startswith("head.")),
     ("embeddings", {"weight_decay": 0.0}, lambda _, p: p.ndim >= 2),  # input, positions, tied head
     ("vectors", {"weight_decay": 0.0}, lambda _, p: p.ndim < 2),  # norms, biases, scalars

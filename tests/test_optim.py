@@ -20,7 +20,7 @@ MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
         (HLB041(**SMALL), ["slopes", "block_matrices", "head", "embeddings", "vectors"]),
         (
             FastGPT(**SMALL, num_heads=2, value_embeddings=1, bigram_size=9),
-            ["block_matrices", "head", "embeddings", "vectors"],
+            ["block_matrices", "bigrams", "head", "embeddings", "vectors"],
         ),
     ],
 )
@@ -32,7 +32,7 @@ def test_groups_partition_the_parameters(net: Network, names: list[str]) -> None
     assert len(set(members)) == len(members)
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     named = {group["name"]: {id(p) for p in group["params"]} for group in groups}
-    assert tables <= named["embeddings"]
+    assert tables <= named["embeddings"] | named.get("bigrams", set())
     assert all(p.ndim == 2 for p in groups[names.index("block_matrices")]["params"])
 
 
