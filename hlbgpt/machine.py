@@ -1,6 +1,7 @@
 """What a record says of the machine and the code."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -27,6 +28,26 @@ def peak_memory(device: torch.device) -> int | None:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return None
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None without one."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:  # no Linux, or no driver
+        return _driver_by_smi()
+    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", text)
+    return found[1] if found else _driver_by_smi()
+
+
+def _driver_by_smi() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
 
 
 def git_revision() -> str | None:

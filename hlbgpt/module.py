@@ -1,7 +1,6 @@
 """The LightningModule: steps, compilation, optimizer, and what is logged."""
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +25,10 @@ from hlbgpt.generate import Generation, generate
 from hlbgpt.models import Network
 from hlbgpt.models.base import token_scores
 from hlbgpt.optim import parameter_groups
+from hlbgpt.peaks import card_of
 from hlbgpt.seeds import run_seed
 from hlbgpt.steps import StepPlan
+from hlbgpt.throughput import Throughput
 
 _SPLIT_OF_PREFIX = {"val": "validation", "test": "test"}
 
@@ -59,11 +60,10 @@ class LanguageModule(L.LightningModule):
         self.eval_loss = MeanMetric().set_dtype(torch.float64)
         self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
         self.compile_seconds = 0.0
-        self.tokens_seen = 0  # on all devices
+        self.throughput = Throughput()
         self.steps = StepPlan()
         self.train_shapes: list[tuple[int, int]] = []  # set by callbacks that change it
         self._logged: tuple[int, dict[str, Any]] = (0, {})  # after how many steps, and what
-        self._logged_at = (0.0, 0)  # when throughput was last logged: seconds, tokens
         self._accumulate = 1  # the setting, which `steps` overwrites in the trainer
         self._hyperparameters: dict[str, str] = {}  # of the optimizer and its schedule
         self._resumed: dict[str, Any] | None = None  # until training goes on
@@ -139,6 +139,8 @@ class LanguageModule(L.LightningModule):
         return optimizer, scheduler
 
     def on_fit_start(self) -> None:
+        card = card_of(self.device)
+        self.throughput.peak = card.flops * self.trainer.world_size if card else None
         train, data = self.data.files["train"].header, self.data
         step = data.micro_batch_size * data.sequence_length * self.trainer.world_size
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
@@ -160,6 +162,11 @@ class LanguageModule(L.LightningModule):
     # --- training -----------------------------------------------------------------------------
 
     @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on, on all devices."""
+        return self.throughput.tokens
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches of the steps to come, for callbacks to set between steps."""
         return self.steps.micro_batches
@@ -176,7 +183,7 @@ class LanguageModule(L.LightningModule):
         if self._resumed is not None:
             self._continue(self._resumed)
             self._resumed = None
-        self._restart_throughput()
+        self.throughput.begin()
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` found; now, for the set-up is over."""
@@ -205,7 +212,7 @@ class LanguageModule(L.LightningModule):
         loss = self.net(batch[:, :-1], batch[:, 1:])
         self.steps.sequence_length = batch.shape[1] - 1
         self.steps.losses.append(loss.detach())
-        self.tokens_seen += (batch.numel() - len(batch)) * self.trainer.world_size
+        self.throughput.add(self.net, batch, self.trainer.world_size)
         # Lightning divides by accumulate_grad_batches, which here is where the step ends.
         return loss * (self.trainer.accumulate_grad_batches / self.steps.size)
 
@@ -253,19 +260,9 @@ class LanguageModule(L.LightningModule):
         }
         for group in optimizer.param_groups:
             values[f"lr/{group.get('name', 'all')}"] = group["lr"]
-        if rate := self._throughput():
-            values["tokens_per_second"] = rate
+        values |= self.throughput.rates()
         self.log_dict(values)
         self._logged = self.trainer.global_step + 1, values
-
-    def _throughput(self) -> float:
-        """Training tokens a second since it was last asked for, validation not counted."""
-        (then, tokens), now = self._logged_at, time.monotonic()
-        self._restart_throughput()
-        return (self.tokens_seen - tokens) / (now - then) if now > then else 0.0
-
-    def _restart_throughput(self) -> None:
-        self._logged_at = time.monotonic(), self.tokens_seen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for logger in self.loggers:  # the curves on disk reach at least as far as the checkpoint
@@ -278,7 +275,7 @@ class LanguageModule(L.LightningModule):
         checkpoint[resume.KEY] = {
             "log_step": steps - again,
             "log": _floats(values) if again and step == steps else {},
-            "tokens_seen": self.tokens_seen,
+            **self.throughput.state_dict(),
             "seed": run_seed(),
             "random": resume.random_states(self.device),
             "steps": self.steps.state_dict(),
@@ -293,7 +290,7 @@ class LanguageModule(L.LightningModule):
             return
         resume.require_resumable(checkpoint)
         self._resumed = checkpoint[resume.KEY]
-        self.tokens_seen = self._resumed["tokens_seen"]
+        self.throughput.load_state_dict(self._resumed)
         for line in resume.keep_typed(checkpoint, *self._build_optimizer()):
             self.print(f"resume: {line}")
 
@@ -314,7 +311,7 @@ class LanguageModule(L.LightningModule):
         self._log_evaluation("test")
 
     def on_validation_end(self) -> None:
-        self._restart_throughput()
+        self.throughput.restart()
 
     def _measure(self, batch: Tensor) -> None:
         scores, counted = token_scores(self.net, batch), batch[:, 1:] >= 0

@@ -112,7 +112,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(point.step, point.value) for point in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if "second" not in tag and "memory" not in tag
+        if not any(word in tag for word in ("second", "memory", "mfu"))
     }
 
 

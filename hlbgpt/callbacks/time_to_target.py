@@ -12,7 +12,7 @@ from hlbgpt.clock import Stopwatch, process_seconds, synchronize
 from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError
 from hlbgpt.folders import RECORD, run_folder
-from hlbgpt.machine import device_name, git_revision, peak_memory
+from hlbgpt.machine import device_name, driver_version, git_revision, peak_memory
 from hlbgpt.module import LanguageModule
 from hlbgpt.seeds import run_seed
 
@@ -169,10 +169,12 @@ class TimeToTarget(L.Callback):
             "step": trainer.global_step,
             "tokens": pl_module.tokens_seen,
             **self.clocks(),
+            **pl_module.throughput.figures(self.train.seconds),
             "parameters": sum(p.numel() for p in pl_module.net.parameters()),
             "seed": run_seed(),
             "precision": str(trainer.precision),
             "device": device_name(device),
+            "driver": driver_version() if device.type == "cuda" else None,
             "devices": trainer.world_size,
             "peak_memory_bytes": peak_memory(device),
             "torch": torch.__version__,

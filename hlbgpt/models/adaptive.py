@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, N = B x T, D width, V vocabulary, K rare clusters
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +76,27 @@ class AdaptiveHead(nn.Module):
         # A token that never came is taken to have come half a time.
         prior = ((known[order] + 0.5) / (known + 0.5).sum()).log()
         clusters = [prior[low:high].logsumexp(0) for low, high in self._rare()]
-        if self.unigram_bias:
-            self.log_prior.copy_(torch.cat([prior, *(cluster[None] for cluster in clusters)]))
+        self.log_prior.copy_(torch.cat([prior, *(cluster[None] for cluster in clusters)]))
+
+    def expected_shares(self) -> tuple[float, ...]:
+        """For each rare cluster the share of a batch's targets that a step computes: `shares`.
+
+        Without them, the share of the training text; before `use_token_counts`, that which Zipf's
+        law gives, by which a token comes in proportion to 1 / rank. Waits for the device.
+        """
+        if self.shares is not None:
+            return self.shares
+        if not self.log_prior.is_meta and self.log_prior.any():
+            return tuple(self.log_prior[self.vocab_size :].exp().tolist())
+        whole = math.log(self.vocab_size) + 0.5772  # the harmonic number, by Euler's constant
+        return tuple(math.log(high / low) / whole for low, high in self._rare())
+
+    def flops_per_token(self) -> float:
+        """As `Network.flops_per_token`; a rare cluster counts with its expected share."""
+        shares = self.expected_shares()
+        sizes = (high - low for low, high in self._rare())
+        rare = sum(share * size for share, size in zip(shares, sizes, strict=True))
+        return 6.0 * self.weight.shape[1] * (self.edges[1] + len(shares) + rare)
 
     def _rare(self) -> list[tuple[int, int]]:
         return list(itertools.pairwise(self.edges[1:]))

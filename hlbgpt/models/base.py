@@ -42,6 +42,20 @@ class Network(nn.Module):
             counts: (tokens of the tokenizer,) int64, on the network's device.
         """
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of forward and backward pass for each predicted token of a window.
+
+        Only matrix products and attention count, a multiplication and an addition as two, the
+        backward pass as twice the forward. Causal attention counts in full, as if every token saw
+        the whole window, and nothing counts that is computed again: the habit of PaLM (arXiv
+        2204.02311, appendix B), nanoGPT and torchtitan, so that figures can be compared.
+
+        This default is 6 for each weight of an `nn.Linear`. Override it in a network that has
+        attention, which it leaves out, or a head that is no `nn.Linear`.
+        """
+        linear = (module for module in self.modules() if isinstance(module, nn.Linear))
+        return 6.0 * sum(module.weight.numel() for module in linear)
+
 
 def token_scores(net: Network, batch: Tensor) -> TokenScores:
     """Score an evaluation batch (B, T + 1) int64, in which -1 fills up short windows."""

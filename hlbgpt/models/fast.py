@@ -100,6 +100,12 @@ class FastGPT(Network):
     def use_token_counts(self, counts: Tensor) -> None:
         self.head.use_token_counts(counts)
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """As `Network`, with the head as `AdaptiveHead` counts it."""
+        attention = 4 * sequence_length * self.embedding.embedding_dim
+        linear = super().flops_per_token(sequence_length)
+        return linear + self.head.flops_per_token() + 3 * len(self.blocks) * attention
+
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
     ) -> Tensor | TokenScores:

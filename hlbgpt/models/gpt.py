@@ -74,6 +74,12 @@ class GPT(Network):
                 writes = name.endswith("project.weight")
                 nn.init.normal_(parameter, std=residual if writes else std)
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """As `Network`; a block's attention is 2 T D for the scores and again for the values."""
+        head, attention = self.embedding.weight, 4 * sequence_length * self.embedding.embedding_dim
+        linear = super().flops_per_token(sequence_length)
+        return linear + 6 * head.numel() + 3 * len(self.blocks) * attention
+
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
     ) -> Tensor | TokenScores:

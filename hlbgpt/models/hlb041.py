@@ -56,6 +56,12 @@ class HLB041(Network):
         nn.init.normal_(self.embedding.weight, std=0.25 / width**0.5)
         nn.init.normal_(self.head.weight, std=0.5 / width**0.5)
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """As `Network`; a block's attention is 2 T D / 8 for the scores and 2 T D for the rest."""
+        width = self.embedding.embedding_dim
+        attention = 2 * sequence_length * (width // 8 + width)
+        return super().flops_per_token(sequence_length) + 3 * len(self.blocks) * attention
+
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
     ) -> Tensor | TokenScores:

@@ -1,0 +1,78 @@
+"""FLOPs a token, against torch's own counter."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hlbgpt.models import GPT, HLB041, FastGPT, Network
+
+B, T, V = 3, 16, 96
+SIZES = {"vocab_size": V, "max_sequence_length": T, "width": 16, "num_blocks": 2}
+HEADS = {"num_heads": 2}
+CLUSTERS = {"cutoffs": [16, 24]}
+# How often each token comes in B x T: 32 times one of the first cluster, 8 and 8 one of the others.
+COUNTS = torch.tensor([2] * 16 + [1] * 16 + [0] * 64)
+TARGETS = torch.arange(V).repeat_interleave(COUNTS).view(B, T)
+
+
+def counted(net: Network) -> float:
+    """FLOPs a token, forward and backward.
+
+    In the plain backend, of whose products torch knows all: a fused one's are unknown to it on a
+    CPU, and on a GPU it counts the scores twice, which the backward pass computes again.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(TARGETS, TARGETS).backward()
+    return counter.get_total_flops() / TARGETS.numel()
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda chunk: GPT(**SIZES, **HEADS, loss_chunk=chunk),
+        lambda chunk: HLB041(**SIZES, loss_chunk=chunk),
+        lambda chunk: FastGPT(**SIZES, **HEADS, loss_chunk=chunk),
+        # 12 and 4 places of 48, whoever is in them: whole numbers, to which shares are rounded.
+        lambda chunk: FastGPT(
+            **SIZES, **HEADS, **CLUSTERS, shares=[12 / 48, 4 / 48], loss_chunk=chunk
+        ),
+    ],
+    ids=["GPT", "HLB041", "FastGPT", "adaptive"],
+)
+def test_flops_are_those_that_torch_counts(net, chunk: int) -> None:
+    network = net(chunk)
+    assert network.flops_per_token(T) == pytest.approx(counted(network), rel=1e-6)
+
+
+@pytest.mark.parametrize("unigram_bias", [True, False])
+def test_rare_clusters_count_with_their_share_of_the_text(unigram_bias: bool) -> None:
+    """Within 1%: a token that never came is taken to have come half a time."""
+    net = FastGPT(**SIZES, **HEADS, **CLUSTERS, unigram_bias=unigram_bias)
+    net.use_token_counts(COUNTS * 1000)
+    assert net.head.expected_shares() == pytest.approx((8 / 48, 8 / 48), rel=0.01)
+    assert net.flops_per_token(T) == pytest.approx(counted(net), rel=0.01)
+
+
+def test_before_counting_shares_are_zipfs() -> None:
+    net = FastGPT(**SIZES, **HEADS, **CLUSTERS)
+    by_rank = 1 / torch.arange(1, V + 1)
+    shares = [float(by_rank[a:b].sum() / by_rank.sum()) for a, b in [(16, 24), (24, V)]]
+    assert net.head.expected_shares() == pytest.approx(shares, rel=0.05)
+
+
+def test_a_network_of_ones_own_counts_its_linear_layers() -> None:
+    class Plain(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, V))
+            self.table = torch.nn.Embedding(V, 16)
+
+        def forward(self, tokens, targets=None, *, per_token=False):
+            logits = self.layers(self.table(tokens))
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    net = Plain()
+    assert net.flops_per_token(T) == net.flops_per_token(1) == 6 * (16 * 8 + 8 * V)
+    assert counted(net) == net.flops_per_token(T)
