@@ -12,11 +12,10 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.errors import InputError
-from hlbgpt.models.head import IGNORE, Classes, TokenScores
+from hlbgpt.models.head import IGNORE, Classes, TokenScores, inspect
 
 
 class AdaptiveHead(nn.Module):
@@ -31,7 +30,7 @@ class AdaptiveHead(nn.Module):
             where shapes may change. Targets beyond are left out of the loss of their cluster, not
             of the choice of clusters.
         softcap: Logits are kept within ± this; 0 for no cap.
-        chunk: Tokens whose logits exist at a time; 0 for all.
+        chunk: Tokens whose logits, if over the whole vocabulary, exist at a time; 0 for all.
         unigram_bias: Whether logits start from the logarithm of how often each token comes.
     """
 
@@ -104,7 +103,9 @@ class AdaptiveHead(nn.Module):
     def _classes(self, *rows: slice) -> Classes:
         bias = torch.cat([self.log_prior[part] for part in rows]) if self.unigram_bias else None
         weight = torch.cat([self.weight[part] for part in rows])
-        return Classes(weight, bias, self.softcap, self.chunk)
+        # As many logits as `chunk` tokens have over the whole vocabulary.
+        chunk = self.chunk and max(1, self.chunk * self.vocab_size // len(weight))
+        return Classes(weight, bias, self.softcap, chunk)
 
     def _first(self) -> Classes:
         return self._classes(slice(0, self.edges[1]), slice(self.vocab_size, None))
@@ -160,30 +161,26 @@ class AdaptiveHead(nn.Module):
 
     def _scores(self, x: Tensor, ranks: Tensor, targets: Tensor) -> TokenScores:
         """Exact, whatever room training has; rare clusters are read where they matter."""
-        first = self._first()
-        size, common = self.chunk or len(x), self.edges[1]
+        first, common = self._first(), self.edges[1]
         choice, cluster = self._choices(ranks)
-        loss, top, best = [], [], []
-        rare = x.new_empty((len(x), len(self._rare())), dtype=torch.float32)
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            likely = first.logits(x[part]).float().log_softmax(-1)
-            loss.append(F.nll_loss(likely, choice[part], ignore_index=IGNORE, reduction="none"))
-            rare[part] = likely[:, common:]
-            value, index = likely[:, :common].max(-1)
-            top.append(value)
-            best.append(index)
-        losses, tops, bests = torch.cat(loss), torch.cat(top), torch.cat(best)
+        looks, rare = [], []
+        size = first.chunk or len(x)
+        for part, wanted in zip(x.split(size), choice.split(size), strict=True):
+            logits = first.logits(part).float()
+            rare.append(logits[:, common:].clone())
+            looks.append(inspect(logits, wanted, classes=common))
+        loss, top, best, total = (torch.cat(values) for values in zip(*looks, strict=True))
+        weight = torch.cat(rare) - total[:, None]  # log-probability of each rare cluster
         for number, (low, high) in enumerate(self._rare()):
+            classes = self._classes(slice(low, high))
             # Here the target lies, or no token can be likelier than the cluster as a whole.
-            place = ((cluster == number + 1) | (rare[:, number] > tops)).nonzero()[:, 0]
-            for part in place.split(size):
-                within = self._classes(slice(low, high)).logits(x[part]).float().log_softmax(-1)
+            place = ((cluster == number + 1) | (weight[:, number] > top)).nonzero()[:, 0]
+            for part in place.split(classes.chunk or len(x)):
                 wanted = torch.where(cluster[part] == number + 1, ranks[part] - low, IGNORE)
-                losses[part] += F.nll_loss(within, wanted, ignore_index=IGNORE, reduction="none")
-                value, index = within.max(-1)
-                value, index = value + rare[part, number], index + low
-                higher = value > tops[part]
-                bests[part] = torch.where(higher, index, bests[part])
-                tops[part] = torch.where(higher, value, tops[part])
-        return TokenScores(losses.view_as(targets), (bests == ranks).view_as(targets))
+                look = inspect(classes.logits(x[part]).float(), wanted)
+                loss[part] += look.loss
+                value = look.top + weight[part, number]
+                higher = value > top[part]
+                best[part] = torch.where(higher, look.best + low, best[part])
+                top[part] = torch.where(higher, value, top[part])
+        return TokenScores(loss.view_as(targets), (best == ranks).view_as(targets))

@@ -68,14 +68,13 @@ class Classes(NamedTuple):
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
     def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and likeliest class of each token: (N,) float32, (N,)."""
+        """Cross-entropy and likeliest class of each token: (N,) float32, (N,); no gradient."""
         losses, best = [], []
-        for part, wanted in zip(
-            x.split(self.chunk or len(x)), targets.split(self.chunk or len(x)), strict=True
-        ):
-            logits = self.logits(part).float()
-            losses.append(F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none"))
-            best.append(logits.argmax(-1))
+        size = self.chunk or len(x)
+        for part, wanted in zip(x.split(size), targets.split(size), strict=True):
+            look = inspect(self.logits(part).float(), wanted)
+            losses.append(look.loss)
+            best.append(look.best)
         return torch.cat(losses), torch.cat(best)
 
     def score(self, x: Tensor, targets: Tensor, per_token: bool = False) -> Tensor | TokenScores:
@@ -85,6 +84,34 @@ class Classes(NamedTuple):
             return self.sum_loss(flat, labels) / (labels >= 0).sum()
         loss, best = self.token_losses(flat, labels)
         return TokenScores(loss.view_as(targets), best.view_as(targets) == targets)
+
+
+class Inspection(NamedTuple):
+    """What there is to say of the logits of N tokens; each (N,).
+
+    Attributes:
+        loss: Cross-entropy in nats; 0 where the target is -1.
+        top: Log-probability of the likeliest class.
+        best: The likeliest class.
+        total: Logarithm of the sum of all exponentials.
+    """
+
+    loss: Tensor
+    top: Tensor
+    best: Tensor
+    total: Tensor
+
+
+def inspect(logits: Tensor, targets: Tensor, *, classes: int | None = None) -> Inspection:
+    """Look at `logits` (N, V) float32, which are written over, and targets (N,).
+
+    The likeliest class is looked for among the first `classes`. Few passes over the logits, for
+    their size is what takes the time.
+    """
+    wanted = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    top, best = logits[:, :classes].max(-1)
+    total = top + logits.sub_(top[:, None]).exp_().sum(-1).log()
+    return Inspection(torch.where(targets >= 0, total - wanted, 0.0), top - total, best, total)
 
 
 class _ChunkedLoss(torch.autograd.Function):
