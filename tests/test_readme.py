@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import CONFIGS, TINY, fitting
 
 README = (CONFIGS.parent / "README.md").read_text()
@@ -40,6 +41,36 @@ def small(arguments: list[str], sources: list[str]) -> list[str]:
     return [*arguments, *extra, *[argument for argument in suited if dropped not in argument]]
 
 
+# What makes the work of a script small.
+FEWER = {
+    "scripts/crash_test.py": ["--kills", "1", "--steps", "8"],
+    "scripts/benchmark.py": ["--seeds", "1"],
+}
+
+
+def tiny_for(arguments: list[str], tiny: list[str]) -> list[str]:
+    return ["--", *tiny] if arguments[0] == "scripts/benchmark.py" else []
+
+
+def script(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout
+
+
+@pytest.mark.slow
+def test_the_race_of_the_three_recipes(
+    tmp_path: Path, folder: Path, gpt2: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "scripts"):
+        Path(name).symlink_to(CONFIGS.parent / name)
+    (race,) = (line for line in COMMANDS if "proxy" in line)
+    _, *arguments = shlex.split(race.replace("FOLDER", str(folder)).replace("seeds 3", "seeds 1"))
+    script(*arguments, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
+    assert len(Path("runs/proxies/results.csv").read_text().splitlines()) == 4
+
+
 def test_commands_in_the_order_of_the_readme(hlbgpt, tiny: list[str], folder: Path) -> None:
     for name in ("configs", "scripts"):
         Path(name).symlink_to(CONFIGS.parent / name)
@@ -55,9 +86,8 @@ def test_commands_in_the_order_of_the_readme(hlbgpt, tiny: list[str], folder: Pa
             continue
         program, *arguments = shlex.split(line.replace("FOLDER", str(folder)))
         if program == "python":
-            fewer = ["--kills", "1", "--steps", "8"] if "--kills" in arguments else []
-            command = [sys.executable, *arguments, *fewer]
-            assert subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            if "proxy" not in line:
+                script(*arguments, *FEWER.get(arguments[0], []), *tiny_for(arguments, tiny))
             continue
         if program == "tensorboard":
             command = [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]

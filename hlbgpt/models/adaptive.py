@@ -173,8 +173,11 @@ class AdaptiveHead(nn.Module):
         weight = torch.cat(rare) - total[:, None]  # log-probability of each rare cluster
         for number, (low, high) in enumerate(self._rare()):
             classes = self._classes(slice(low, high))
-            # Here the target lies, or no token can be likelier than the cluster as a whole.
-            place = ((cluster == number + 1) | (weight[:, number] > top)).nonzero()[:, 0]
+            # Where the target lies, or the cluster as a whole is likelier than the best so far.
+            if torch.compiler.is_compiling():  # shapes that depend on data would compile anew
+                place = torch.arange(len(x), device=x.device)
+            else:
+                place = ((cluster == number + 1) | (weight[:, number] > top)).nonzero()[:, 0]
             for part in place.split(classes.chunk or len(x)):
                 wanted = torch.where(cluster[part] == number + 1, ranks[part] - low, IGNORE)
                 look = inspect(classes.logits(x[part]).float(), wanted)

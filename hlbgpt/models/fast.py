@@ -2,8 +2,9 @@
 
 What sets it apart from the seed's GPT: RMSNorm without weights, normed queries and keys (QK-norm),
 rotary positions of which half the frequencies stand still, ReLU² in the MLP, projections that start
-at zero, a way back to the embedding in every block, capped logits, an untied head in clusters of
-frequency that starts from how often each token comes, and a residual stream in bf16.
+at zero, a way back to the embedding in every block, attention that reads each token mixed with the
+two before it, capped logits, an untied head in clusters of frequency that starts from how often
+each token comes, and a residual stream in bf16.
 Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat; for the head see
 `hlbgpt.models.adaptive`.
 
@@ -42,6 +43,7 @@ class FastGPT(Network):
         shortcut: Whether every block gets the embedding again.
         value_embeddings: Last blocks that get values straight from the token, from a table each.
         bigram_size: Rows of a table for pairs of tokens, by their hash; 0 for none.
+        look_back: Whether attention reads every token mixed with the two before it.
         loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
             not the loss.
     """
@@ -62,6 +64,7 @@ class FastGPT(Network):
         shortcut: bool = True,
         value_embeddings: int = 0,
         bigram_size: int = 0,
+        look_back: bool = True,
         loss_chunk: int = 0,
     ) -> None:
         super().__init__()
@@ -84,7 +87,13 @@ class FastGPT(Network):
         self.rotary = Rotary(width // num_heads, max_sequence_length)
         first = num_blocks - value_embeddings
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, shortcut=shortcut, values=vocab_size if i >= first else 0)
+            Block(
+                width,
+                num_heads,
+                shortcut=shortcut,
+                look_back=look_back,
+                values=vocab_size if i >= first else 0,
+            )
             for i in range(num_blocks)
         )
         self.head = AdaptiveHead(
@@ -167,11 +176,14 @@ class Rotary(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), after a look back at the embedding."""
 
-    def __init__(self, width: int, num_heads: int, *, shortcut: bool, values: int) -> None:
+    def __init__(
+        self, width: int, num_heads: int, *, shortcut: bool, look_back: bool, values: int
+    ) -> None:
         super().__init__()
         # One parameter each: slices of one tensor have had wrong gradients when compiled.
         self.keep = nn.Parameter(torch.ones(())) if shortcut else None
         self.again = nn.Parameter(torch.zeros(())) if shortcut else None
+        self.look_back = LookBack(width) if look_back else None
         self.attention = Attention(width, num_heads, values)
         self.expand = nn.Linear(width, 4 * width, bias=False)
         self.contract = nn.Linear(4 * width, width, bias=False)
@@ -181,8 +193,28 @@ class Block(nn.Module):
     def forward(self, x: Tensor, start: Tensor, tokens: Tensor, rotary: Rotary) -> Tensor:
         if self.keep is not None and self.again is not None:
             x = self.keep.to(x.dtype) * x + self.again.to(x.dtype) * start
-        x = x + self.attention(norm(x), tokens, rotary)
+        y = norm(x)
+        if self.look_back is not None:
+            y = self.look_back(y)
+        x = x + self.attention(y, tokens, rotary)
         return x + self.contract(F.relu(self.expand(norm(x))).square())
+
+
+class LookBack(nn.Module):
+    """x_t + a x_(t-1) + b x_(t-2), with a and b learned for each channel.
+
+    What hlb-gpt 0.4.1 gets from attention that leans to the near: the last words count from the
+    first step, before attention has learned to find them. Unlike a bias it leaves attention fast.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one_back = nn.Parameter(torch.full((width,), 0.5))
+        self.two_back = nn.Parameter(torch.full((width,), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        one, two = (F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] for back in (1, 2))
+        return x + self.one_back.to(x.dtype) * one + self.two_back.to(x.dtype) * two
 
 
 class Attention(nn.Module):
