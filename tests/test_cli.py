@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, LAST, QUICKSTART
+from conftest import CONFIGS, LAST, QUICKSTART, fitting
 from test_text import write_hub_layout
 
 # --- runs and their folders -------------------------------------------------------------------
@@ -218,18 +218,21 @@ def test_every_option_is_explained(hlbgpt, capfd, command: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_run(tiny: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quickstart", "speedrun"])
+def test_two_processes_share_a_run(name: str, tiny: list[str], tmp_path: Path) -> None:
     """Each takes its share of training and validation; one folder, one record, the same loss."""
+    config = CONFIGS / f"{name}.yaml"
 
     def record(*extra: str) -> dict:
-        command = [sys.executable, "-m", "hlbgpt", "fit", *QUICKSTART, *tiny, *extra]
+        arguments = ["--config", str(config), *fitting(config, tiny), "--trainer.precision=32-true"]
+        command = [sys.executable, "-m", "hlbgpt", "fit", *arguments, *extra]
         subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
-        newest = max((tmp_path / "runs" / "quickstart").iterdir(), key=lambda path: path.name)
+        newest = max((tmp_path / "runs" / name).iterdir(), key=lambda path: path.name)
         return json.loads((newest / "record.json").read_text())
 
     one = record("--data.micro_batch_size=8")
     two = record("--trainer.devices=2", "--trainer.strategy=ddp")
-    assert len(list((tmp_path / "runs" / "quickstart").iterdir())) == 2
+    assert len(list((tmp_path / "runs" / name).iterdir())) == 2
     assert two["devices"] == 2
     assert (two["step"], two["tokens"]) == (one["step"], one["tokens"])
     assert two["value"] == pytest.approx(one["value"], abs=1e-3)

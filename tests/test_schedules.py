@@ -168,10 +168,13 @@ def fit(
     return module
 
 
-def test_training_follows_the_table(folder: Path, tmp_path: Path) -> None:
+def test_training_follows_the_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     watch = Watch()
     table = [TABLE[0], Row(256, validate_every=300), *TABLE[1:]]
     module = fit(folder, tmp_path, TokenSchedule(table, micro_batch_tokens=64), watch)
+    assert "minutes of training for 0.00M tokens" in capsys.readouterr().out
     steps = plan_steps(table, micro_batch_tokens=64)
     expected = [(s.sequence_length, 0.02 * s.lr, s.momentum) for s in steps]
     assert [tuple(values) for values in watch.seen] == expected

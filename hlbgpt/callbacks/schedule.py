@@ -63,16 +63,32 @@ class TokenSchedule(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out what fits, now that the network is where it trains."""
-        if not self.steps or self.micro_batch_tokens != "auto":
+        if not self.steps:
             return
         assert isinstance(pl_module, LanguageModule)
         longest = max(step.sequence_length for step in self.steps)
-        most = max(step.tokens() for step in self.steps)
+        if self.micro_batch_tokens == "auto":
+            most = max(step.tokens() for step in self.steps)
+            with trainer.precision_plugin.forward_context():
+                tokens = fitting_tokens(pl_module.net, longest, most, pl_module.device)
+            tokens = trainer.strategy.broadcast(tokens)  # one plan for all devices
+            self._plan(trainer, pl_module, tokens)
+            pl_module.print(f"schedule.micro_batch_tokens: auto: {tokens:,}")
+        if pl_module.device.type == "cpu":
+            self._say_how_long(trainer, pl_module, longest)
+
+    def _say_how_long(self, trainer: L.Trainer, module: LanguageModule, length: int) -> None:
+        """Before anything that takes long: on a CPU a run may take hours, and compiling minutes."""
+        tokens = sum(step.tokens() for step in self.steps[: trainer.max_steps])
         with trainer.precision_plugin.forward_context():
-            tokens = fitting_tokens(pl_module.net, longest, most, pl_module.device)
-        tokens = trainer.strategy.broadcast(tokens)  # one plan for all devices
-        self._plan(trainer, pl_module, tokens)
-        pl_module.print(f"schedule.micro_batch_tokens: auto: {tokens:,}")
+            for _ in range(2):  # what is measured is the second
+                watch = Stopwatch()
+                watch.start()
+                forward_and_backward(module.net.forward, module.net, (1, length), module.device)
+        minutes = watch.seconds / length * tokens / 60
+        module.print(
+            f"on this CPU about {minutes:.1f} minutes of training for {tokens / 1e6:.2f}M tokens"
+        )
 
     def _require_fitting(self, trainer: L.Trainer, module: LanguageModule) -> None:
         if trainer.max_steps > len(self.steps):
@@ -98,25 +114,7 @@ class TokenSchedule(L.Callback):
             module.data.require_batch(batch_size, length, key="schedule.table")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.steps and pl_module.device.type == "cpu":
-            self._say_how_long(trainer, pl_module)
         self._apply(trainer, pl_module)
-
-    def _say_how_long(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Before the clock starts: on a CPU a run may take hours."""
-        assert isinstance(module, LanguageModule)
-        step, left = self.steps[0], self.steps[trainer.global_step : trainer.max_steps]
-        shape, tokens = (step.batch_size, step.sequence_length), sum(s.tokens() for s in left)
-        watch = Stopwatch()
-        with trainer.precision_plugin.forward_context():
-            for _ in range(2):  # what is measured is the second
-                watch = Stopwatch()
-                watch.start()
-                forward_and_backward(module.net, module.net, shape, module.device)
-        minutes = watch.seconds / (shape[0] * shape[1]) * tokens / 60
-        module.print(
-            f"on this CPU about {minutes:.1f} minutes of training for {tokens / 1e6:.2f}M tokens"
-        )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any

@@ -36,6 +36,7 @@ class AdaptiveHead(nn.Module):
 
     rank: Tensor
     log_prior: Tensor
+    _cuts: Tensor
 
     def __init__(
         self,
@@ -59,10 +60,13 @@ class AdaptiveHead(nn.Module):
             raise InputError(
                 f"model.net shares: {len(shares)} given for {len(cutoffs)} cutoffs; give as many"
             )
+        if shares is not None and not all(0 < share <= 1 for share in shares):
+            raise InputError(f"model.net shares: {list(shares)} are not all above 0 and at most 1")
         self.vocab_size, self.edges, self.shares = vocab_size, edges, shares
         self.softcap, self.chunk, self.unigram_bias = softcap, chunk, unigram_bias
         # By rank, then a row for each rare cluster.
         self.weight = nn.Parameter(torch.zeros(vocab_size + len(cutoffs), width))
+        self.register_buffer("_cuts", torch.tensor(cutoffs, dtype=torch.int64), persistent=False)
         self.register_buffer("rank", torch.arange(vocab_size))  # of each token
         self.register_buffer("log_prior", torch.zeros(vocab_size + len(cutoffs)))
 
@@ -145,8 +149,7 @@ class AdaptiveHead(nn.Module):
 
     def _choices(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """For `ranks` (N,) the class in the first cluster, and the number of the cluster."""
-        edges = torch.tensor(self.edges[1:-1], device=ranks.device)
-        cluster = torch.bucketize(ranks, edges, right=True)
+        cluster = torch.bucketize(ranks, self._cuts, right=True)
         return torch.where(cluster > 0, self.edges[1] + cluster - 1, ranks), cluster
 
     def _places(self, wanted: Tensor, number: int) -> Tensor:
