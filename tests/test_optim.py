@@ -137,7 +137,7 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"heads": {}}, "no group 'heads'; there are block_matrices"),
+        ({"heads": {}}, "no group 'heads'; there are bigrams, block_matrices"),
         ({"head": {"rate": 1}}, "groups.head: no setting 'rate'"),
         ({"head": {"method": "sgd"}}, "method 'sgd' is neither"),
         ({"vectors": {"method": "muon"}}, "groups.vectors: muon is for matrices"),
