@@ -9,12 +9,13 @@ length at no cost; `verify` reads the tokens and compares the checksum, as every
 does, once.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -201,9 +202,10 @@ def _remove_leftovers(folder: Path) -> None:
 def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encoding) -> None:
     crc = tokens = size = 0
     made_from = identity(source, split)
-    with path.open("wb") as file:
+    # Closed at once: an error would leave the bar to draw itself whenever it is collected.
+    with contextlib.closing(_with_progress(source, split)) as pieces, path.open("wb") as file:
         file.write(bytes(_HEADER_BYTES))
-        for encoded, text_bytes in StreamEncoder(encoding).encode(_with_progress(source, split)):
+        for encoded, text_bytes in StreamEncoder(encoding).encode(pieces):
             file.write(encoded)
             crc = zlib.crc32(encoded, crc)
             tokens += len(encoded) // 2
@@ -230,7 +232,7 @@ def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encodi
         os.fsync(file.fileno())
 
 
-def _with_progress(source: TextSource, split: str) -> Iterable[str]:
+def _with_progress(source: TextSource, split: str) -> Generator[str, None, None]:
     """The text of `split`, with a bar that shows MB, MB/s and the time left on a terminal."""
     columns = (
         TextColumn("{task.description}"),
@@ -240,7 +242,7 @@ def _with_progress(source: TextSource, split: str) -> Iterable[str]:
         TimeRemainingColumn(),
     )
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Generator[str, None, None]:
         with Progress(*columns) as progress:
             task = progress.add_task(f"tokenizing {split}", total=source.size(split))
             done = 0
