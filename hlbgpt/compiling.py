@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from hlbgpt.clock import Stopwatch, synchronize
+from hlbgpt.memory import forward_and_backward
 from hlbgpt.models import Network
 from hlbgpt.models.base import token_scores
 
@@ -39,17 +39,13 @@ def warm_up(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         net.train()
         for shape in train_shapes:
-            tokens = _dummy(*shape, device)
-            net(tokens[:, :-1], tokens[:, 1:]).backward()
-            net.zero_grad(set_to_none=True)
+            forward_and_backward(net, net, shape, device)
         net.eval()
         with torch.no_grad():
-            token_scores(net, _dummy(*eval_shape, device))
+            rows, length = eval_shape
+            batch = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
+            token_scores(net, batch)
         net.train()
     synchronize(device)
     watch.stop()
     return watch.seconds
-
-
-def _dummy(rows: int, length: int, device: torch.device) -> Tensor:
-    return torch.zeros(rows, length + 1, dtype=torch.int64, device=device)

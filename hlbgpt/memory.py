@@ -73,7 +73,9 @@ def forward_and_backward(
     run: Callable[..., Tensor], net: Network, shape: tuple[int, int], device: torch.device
 ) -> None:
     """Let `run`, the network or its `forward`, learn from dummy tokens, and forget all of it."""
-    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    rows, length = shape
+    # Cut as training cuts its batches, whose strides torch.compile takes notice of.
+    batch = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        run(tokens, tokens).backward()
+        run(batch[:, :-1], batch[:, 1:]).backward()
     net.zero_grad(set_to_none=True)

@@ -93,7 +93,6 @@ class MuonAdamW(Optimizer):
         super().__init__(named, defaults)
         for group in self.param_groups:
             group["betas"] = tuple(group["betas"])  # YAML has lists
-            group["initial_lr"] = group["lr"]  # what schedules multiply
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
