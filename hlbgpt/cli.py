@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
+from hlbgpt.callbacks.console import Console
 from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.checkpoint_io import load_checkpoint, require_matching
 from hlbgpt.checks import require_readable_configs, require_sane
+from hlbgpt.curves import CurveLogger, text_loggers
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import DivergedError, InputError
 from hlbgpt.folders import (
@@ -107,6 +109,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(TokenSchedule, "schedule")
         parser.add_lightning_class_args(TimeToTarget, "time_to_target")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Console, "console")
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from the checkpoint; what is typed is what runs."""
@@ -141,8 +144,11 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what the config leaves open, without writing it into the saved config."""
         settings = self.config_init[self.subcommand].trainer
-        if settings.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        own_bar = any(isinstance(c, ProgressBar) for c in settings.callbacks or [])
+        if own_bar or settings.enable_progress_bar is False or self.subcommand != "fit":
+            self._parser(self.subcommand).callback_keys.remove("console")
+            if settings.enable_progress_bar is None:
+                kwargs["enable_progress_bar"] = own_bar or sys.stdout.isatty()
         if self.subcommand != "fit":
             kwargs.setdefault("logger", settings.logger or False)
         elif settings.default_root_dir is None and not settings.fast_dev_run:
@@ -169,7 +175,7 @@ class CLI(LightningCLI):
             self.resources.enter_context(sole_owner(folder))
         found: dict[str, Any] = {"default_root_dir": str(folder)}
         if logger in (None, True):
-            found["logger"] = TensorBoardLogger(
+            found["logger"] = CurveLogger(
                 save_dir=folder.parents[1],
                 name=folder.parent.name,
                 version=folder.name,
@@ -203,7 +209,7 @@ class CLI(LightningCLI):
         folder = run_folder(self.trainer)
         if folder and self.trainer.is_global_zero:
             print(f"run folder: {folder}")
-            if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
+            if text_loggers(self.trainer.loggers):
                 logs = RUNS if RUNS in folder.parents else folder
                 print(f"curves: tensorboard --logdir {logs}")
             if (checkpoint := last_checkpoint(folder)).is_file():

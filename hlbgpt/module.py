@@ -12,13 +12,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from hlbgpt import resume
 from hlbgpt.checkpoint_io import WholeCheckpointIO, require_matching
+from hlbgpt.clock import Stopwatch
 from hlbgpt.compiling import compile_in_place, warm_up
+from hlbgpt.curves import SECONDS, TOKENS, CurveLogger
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
 from hlbgpt.generate import Generation, generate
@@ -27,6 +28,7 @@ from hlbgpt.models.base import token_scores
 from hlbgpt.optim import parameter_groups
 from hlbgpt.peaks import card_of
 from hlbgpt.seeds import run_seed
+from hlbgpt.step_log import StepLog, grad_norm
 from hlbgpt.steps import StepPlan
 from hlbgpt.throughput import Throughput
 
@@ -41,6 +43,8 @@ class LanguageModule(L.LightningModule):
         optimizer: Optimizer, given the parameter groups of `hlbgpt.optim`.
         lr_scheduler: Learning-rate schedule, stepped once an optimizer step; none by default.
         compile: Whether to run the network through `torch.compile`.
+        log_norms: Whether to log norms of gradients and updates for each parameter group; in the
+            steps that are logged, the weights are kept twice.
         generation: How `predict` continues a prompt.
     """
 
@@ -50,6 +54,7 @@ class LanguageModule(L.LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = True,  # noqa: A002
+        log_norms: bool = True,
         generation: Generation = Generation(),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__()
@@ -61,6 +66,8 @@ class LanguageModule(L.LightningModule):
         self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
         self.compile_seconds = 0.0
         self.throughput = Throughput()
+        self.clock = Stopwatch()  # of training, run by `TimeToTarget`
+        self.step_log = StepLog(log_norms)
         self.steps = StepPlan()
         self.train_shapes: list[tuple[int, int]] = []  # set by callbacks that change it
         self._logged: tuple[int, dict[str, Any]] = (0, {})  # after how many steps, and what
@@ -192,6 +199,10 @@ class LanguageModule(L.LightningModule):
             self.micro_batches = state["steps"]["micro_batches"]
         resume.restore_gradients(self.net, state["gradients"])
         resume.continue_loops(self.trainer, self.steps)
+        again = self.trainer.global_step - state["log_step"]  # 1 if the last step's come again
+        for logger in self.loggers:
+            if isinstance(logger, CurveLogger):
+                logger.cut_back(self.tokens_seen + 1 - again)
         if state["log"]:
             self._logged = self.trainer.global_step, state["log"]
             values = {**state["log"], "epoch": self.trainer.current_epoch}
@@ -210,9 +221,10 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.net(batch[:, :-1], batch[:, 1:])
-        self.steps.sequence_length = batch.shape[1] - 1
+        self.steps.sequence_length = length = batch.shape[1] - 1
+        self.steps.micro_batch_tokens = len(batch) * length * self.trainer.world_size
         self.steps.losses.append(loss.detach())
-        self.throughput.add(self.net, batch, self.trainer.world_size)
+        self.throughput.add(self.net, self.steps.micro_batch_tokens, length)
         # Lightning divides by accumulate_grad_batches, which here is where the step ends.
         return loss * (self.trainer.accumulate_grad_batches / self.steps.size)
 
@@ -230,6 +242,7 @@ class LanguageModule(L.LightningModule):
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         call._call_callback_hooks(self.trainer, "on_before_zero_grad", optimizer)
+        self._log_step(self.step_log.of_update(self.trainer.optimizers[0]))
         optimizer.zero_grad()
 
     def skip_step(self) -> None:
@@ -244,25 +257,33 @@ class LanguageModule(L.LightningModule):
 
     def grad_norm(self) -> Tensor:
         """Norm of all gradients taken as one vector; a scalar on the device."""
-        return get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        return grad_norm(list(self.net.parameters()))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log, but only every `trainer.log_every_n_steps` steps: every value costs time."""
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.trainer.global_step + 1) % interval or self.steps.skipped:
             return
-        values: dict[str, Any] = {
-            "train_loss": self.step_loss,
-            "grad_norm": self.grad_norm(),
-            "tokens_seen": float(self.tokens_seen),
-            "micro_batches_per_step": float(self.steps.size),
-            "sequence_length": float(self.steps.sequence_length),
-        }
-        for group in optimizer.param_groups:
-            values[f"lr/{group.get('name', 'all')}"] = group["lr"]
-        values |= self.throughput.rates()
+        self._logged = self.trainer.global_step + 1, {}
+        self._log_step(
+            {
+                "train_loss": self.step_loss,
+                "grad_norm": self.grad_norm(),
+                **self._progress(),
+                "step_tokens": float(self.steps.size * self.steps.micro_batch_tokens),
+                "micro_batches_per_step": float(self.steps.size),
+                "sequence_length": float(self.steps.sequence_length),
+                **self.step_log.of_gradients(optimizer),
+                **self.throughput.rates(),
+            }
+        )
+
+    def _log_step(self, values: dict[str, Any]) -> None:
         self.log_dict(values)
-        self._logged = self.trainer.global_step + 1, values
+        self._logged[1].update(values)
+
+    def _progress(self) -> dict[str, float]:
+        """Where the run is, so that every logged loss has its place on these axes too."""
+        return {TOKENS: float(self.tokens_seen), SECONDS: self.clock.seconds}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for logger in self.loggers:  # the curves on disk reach at least as far as the checkpoint
@@ -326,6 +347,8 @@ class LanguageModule(L.LightningModule):
         split = self.data.files[_SPLIT_OF_PREFIX[prefix]].header
         bits = loss * (split.tokens - 1) / math.log(2) / split.text_bytes
         values = {"perplexity": loss.exp(), "bits_per_byte": bits, "accuracy": accuracy}
+        if self.trainer.state.fn == "fit":
+            self.log_dict(self._progress())
         self.log(f"{prefix}_loss", loss, prog_bar=True)
         self.log_dict({f"{prefix}_{name}": value for name, value in values.items()})
 

@@ -8,11 +8,20 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
+from hlbgpt.curves import text_loggers
 from hlbgpt.folders import CONFIG, folder_of, forget_claim, newest_checkpoint, run_folder
 
 IN_CHECKPOINT = "hlbgpt_config"
 # Where the settings come from and start at, rather than settings.
 _NOT_COMPARED = ("config", "ckpt_path", "weights_only")
+_COMPARED = ("seed_everything", "model", "data", "schedule", "time_to_target")
+_TRAINER_COMPARED = (
+    "trainer.precision",
+    "trainer.max_steps",
+    "trainer.devices",
+    "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip_val",
+)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -43,6 +52,8 @@ class SaveConfig(SaveConfigCallback):
         From here on the run's folder is kept, however the run ends.
         """
         forget_claim()
+        for logger in text_loggers(trainer.loggers):
+            logger.experiment.add_text("config", f"```yaml\n{self._text}\n```", 0)
         path = self._folder / CONFIG
         if trainer.is_global_zero and path.is_file():
             if path.read_text() == self._text:
@@ -88,7 +99,7 @@ def with_saved_config(arguments: list[str]) -> list[str]:
 
 def changed_settings(stored: str, now: str) -> list[str]:
     """A line for each setting that differs between two configs as text."""
-    before, after = (_flat(yaml.safe_load(text) or {}) for text in (stored, now))
+    before, after = (flat_settings(yaml.safe_load(text) or {}) for text in (stored, now))
     return [
         f"{key}: {before.get(key, 'not set')} in the checkpoint, {after.get(key, 'not set')} now"
         for key in {**before, **after}
@@ -96,7 +107,7 @@ def changed_settings(stored: str, now: str) -> list[str]:
     ]
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
+def flat_settings(value: Any, key: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names; in lists, by their numbers."""
     if isinstance(value, dict) and value:
         items = value.items()
@@ -106,5 +117,20 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
         return {key: value}
     found: dict[str, Any] = {}
     for name, item in items:
-        found |= _flat(item, f"{key}.{name}" if key else str(name))
+        found |= flat_settings(item, f"{key}.{name}" if key else str(name))
+    return found
+
+
+def compared_settings(config: str) -> dict[str, bool | int | float | str]:
+    """Of a config as text, what tells runs apart, by short names, for TensorBoard's HParams.
+
+    Everything that is set of model, data, schedule and target, and of the trainer what changes
+    what is learned.
+    """
+    found = {}
+    for key, value in flat_settings(yaml.safe_load(config) or {}).items():
+        name = key.replace("init_args.", "").replace(".class_path", "")
+        wanted = name in _TRAINER_COMPARED or name.split(".")[0] in _COMPARED
+        if wanted and value not in (None, [], {}):
+            found[name] = value if isinstance(value, (bool, int, float)) else str(value)
     return found

@@ -26,6 +26,7 @@ class StepPlan:
         size: Micro-batches of the current step.
         end: Number of the batch within the pass at which the current step ends.
         sequence_length: Predicted tokens in the windows of the last micro-batch.
+        micro_batch_tokens: Predicted tokens of the last micro-batch, on all devices.
         losses: Of the current step's micro-batches so far, on the device.
         validates: Whether a validation follows the step of a number, the first being 0; None to
             go by the trainer's `val_check_interval`.
@@ -35,7 +36,7 @@ class StepPlan:
 
     def __init__(self) -> None:
         self.micro_batches = 1
-        self.size = self.end = self.sequence_length = 0
+        self.size = self.end = self.sequence_length = self.micro_batch_tokens = 0
         self.losses: list[Tensor] = []
         self.validation_due = self.skipped = False
         self.validates: Callable[[int], bool] | None = None

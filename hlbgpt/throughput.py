@@ -3,8 +3,6 @@
 import time
 from typing import Any
 
-from torch import Tensor
-
 from hlbgpt.models import Network
 
 
@@ -33,14 +31,12 @@ class Throughput:
         """Leave out of the rates what was since they were last asked for."""
         self._since = time.monotonic(), self.tokens, self.flops
 
-    def add(self, net: Network, batch: Tensor, world_size: int) -> None:
-        """Count a training batch (B, T + 1), of which each device has one."""
-        length = batch.shape[1] - 1
-        if length not in self._costs:
-            self._costs[length] = float(net.flops_per_token(length))
-        tokens = len(batch) * length * world_size
+    def add(self, net: Network, tokens: int, sequence_length: int) -> None:
+        """Count the `tokens` that all devices trained on in windows of `sequence_length`."""
+        if sequence_length not in self._costs:
+            self._costs[sequence_length] = float(net.flops_per_token(sequence_length))
         self.tokens += tokens
-        self.flops += (tokens + self._uncounted) * self._costs[length]
+        self.flops += (tokens + self._uncounted) * self._costs[sequence_length]
         self._uncounted = 0
 
     def rates(self) -> dict[str, float]:

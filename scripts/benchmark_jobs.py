@@ -35,7 +35,7 @@ class Job:
         """The arguments that send the run to its folder."""
         return [
             f"--trainer.default_root_dir={self.folder}",
-            "--trainer.logger=TensorBoardLogger",
+            "--trainer.logger=hlbgpt.curves.CurveLogger",
             f"--trainer.logger.save_dir={self.folder}",
             "--trainer.logger.name=",
             f"--trainer.logger.version={self.run_folder.name}",

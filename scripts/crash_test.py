@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hlbgpt.checkpoint_io import load_checkpoint
 from hlbgpt.cli import main as hlbgpt
+from hlbgpt.curves import BY_TOKENS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart/version_0")
@@ -107,13 +108,14 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of every curve as TensorBoard shows it, but those that measure time."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(point.step, point.value) for point in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not any(word in tag for word in ("second", "memory", "mfu"))
-    }
+    found = {}
+    for folder in (run, run / BY_TOKENS):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if not any(word in tag for word in ("second", "memory", "mfu")):
+                found[tag] = [(point.step, point.value) for point in events.Scalars(tag)]
+    return found
 
 
 def difference(ours: Any, theirs: Any, where: str = "") -> str | None:

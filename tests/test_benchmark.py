@@ -84,7 +84,7 @@ def test_every_variant_takes_its_turn_at_each_seed(done: tuple[int, Path, list[s
             record = json.loads(path.read_text())
             assert run["record"] == record
             assert (float(row["value"]), record["seed"]) == (record["value"], int(row["seed"]))
-            assert len(dict(curves(path.parent))["val_loss"]) == 2
+            assert len(dict(curves(path.parent))["loss/val_loss"]) == 2
     assert found["comparisons"][0]["tokens_ratio"]["mean"] == 2  # windows twice as many
 
 

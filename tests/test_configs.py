@@ -17,22 +17,25 @@ def test_config_runs(config: Path, hlbgpt, tiny: list[str]) -> None:
     events = EventAccumulator(str(folder)).Reload()
     logged = set(events.Tags()["scalars"])
     assert logged >= {
-        "train_loss",
-        "val_loss",
-        "val_perplexity",
-        "val_bits_per_byte",
-        "val_accuracy",
+        "loss/train_loss",
+        "loss/val_loss",
+        "quality/val_perplexity",
+        "quality/val_bits_per_byte",
+        "quality/val_accuracy",
         "lr/block_matrices",
-        "grad_norm",
-        "tokens_seen",
-        "tokens_per_second",
-        "micro_batches_per_step",
+        "update_norm/block_matrices",
+        "grad_norm/block_matrices",
+        "schedule/step_tokens",
+        "grad_norm/total",
+        "progress/tokens_seen",
+        "speed/tokens_per_second",
+        "schedule/micro_batches_per_step",
         "time_to_target/train_seconds",
         "time_to_target/reached",
     }
-    losses = events.Scalars("val_loss")
+    losses = events.Scalars("loss/val_loss")
     assert all(math.isfinite(point.value) for point in losses)
     assert losses[-1].value < losses[0].value < math.log(256) + 0.5
     assert len(events.Scalars("time_to_target/train_seconds")) == 1
-    steps = [point.step for point in events.Scalars("train_loss")]
+    steps = [point.step for point in events.Scalars("loss/train_loss")]
     assert steps == sorted(set(steps))

@@ -142,7 +142,7 @@ def test_curves_are_kept_of_a_run_stopped_at_once_before_its_first_checkpoint(
     extra = signalled("SIGINT", "on_train_batch_start", 3, times=2)
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 130
     assert not LAST.exists()
-    assert curves(RUN)["train_loss"]
+    assert curves(RUN)["loss/train_loss"]
 
 
 def test_a_signal_before_the_first_step_leaves_no_folder(hlbgpt, tiny: list[str]) -> None:

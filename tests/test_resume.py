@@ -12,11 +12,11 @@ import torch
 from crash_test import curves, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.loggers import TensorBoardLogger
 from recipes import MAX_STEPS, RECIPES
 from test_module import trainer
 
 from hlbgpt.callbacks import TimeToTarget
+from hlbgpt.curves import BY_TOKENS, CurveLogger
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.models import GPT
 from hlbgpt.module import LanguageModule
@@ -79,9 +79,9 @@ def run(
         eval_sequence_length=32,
         eval_batch_size=64,
     )
-    logger = TensorBoardLogger(place, name="", version="", default_hp_metric=False)
+    logger = CurveLogger(place, name="", version="", default_hp_metric=False)
     if purge_step is not None:
-        logger = TensorBoardLogger(
+        logger = CurveLogger(
             place, name="", version="", default_hp_metric=False, purge_step=purge_step
         )
     settings: dict[str, Any] = {
@@ -178,10 +178,10 @@ def _number_events(place: Path) -> None:
 
     Runs of one process within a second are told apart by a counter that sorts 10 before 9.
     """
-    for number, file in enumerate(
-        sorted(place.glob("events*"), key=lambda f: f.stat().st_mtime_ns)
-    ):
-        file.rename(place / f"events.out.tfevents.0{number:03}")
+    for folder in (place, place / BY_TOKENS):
+        files = sorted(folder.glob("events*"), key=lambda f: f.stat().st_mtime_ns)
+        for number, file in enumerate(files):
+            file.rename(folder / f"events.out.tfevents.0{number:03}")
 
 
 HOOKS = {
@@ -202,9 +202,9 @@ def test_resume_is_exact_wherever_a_run_stops(
     folder: Path, tmp_path: Path, whole: Any, hook: str, count: int
 ) -> None:
     state, lines = whole()
-    assert len(lines["train_loss"]) == MAX_STEPS
-    assert len(lines["val_loss"]) >= 4
-    assert max(size for _, size in lines["micro_batches_per_step"]) >= 3
+    assert len(lines["loss/train_loss"]) == MAX_STEPS
+    assert len(lines["loss/val_loss"]) >= 4
+    assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
     resumed, continued = stop_and_resume(folder, tmp_path / "run", [(hook, count)])
     assert_same(state, resumed)
     assert_same(lines, continued)
@@ -243,8 +243,8 @@ def test_resume_is_exact_where_shapes_change(
 ) -> None:
     """Stopped in steps of each sequence length, in the middle of accumulation too."""
     state, lines = whole(recipe=recipe)
-    assert {length for _, length in lines["sequence_length"]} == {8, 16, 32}
-    assert max(size for _, size in lines["micro_batches_per_step"]) >= 3
+    assert {length for _, length in lines["schedule/sequence_length"]} == {8, 16, 32}
+    assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
     stops = [
         ("on_train_batch_end", 4),
         ("on_train_batch_start", 5),

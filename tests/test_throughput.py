@@ -17,15 +17,11 @@ from hlbgpt.throughput import Throughput
 NET = GPT(vocab_size=64, max_sequence_length=32, width=16, num_heads=2, num_blocks=1)
 
 
-def batch(size: int, length: int) -> torch.Tensor:
-    return torch.zeros(size, length + 1, dtype=torch.int64)
-
-
 def test_flops_add_up_over_shapes_and_devices() -> None:
     throughput = Throughput()
     throughput.begin()
-    throughput.add(NET, batch(4, 8), 2)
-    throughput.add(NET, batch(1, 32), 2)
+    throughput.add(NET, 64, 8)
+    throughput.add(NET, 64, 32)
     assert throughput.tokens == 128
     mean = (NET.flops_per_token(8) + NET.flops_per_token(32)) / 2
     assert throughput.figures(2.0) == {"flops_per_token": mean, "mfu": None}
@@ -40,11 +36,11 @@ def test_rates_are_those_since_they_were_last_asked_for(monkeypatch: pytest.Monk
     throughput = Throughput()
     throughput.begin()
     assert throughput.rates() == {}
-    throughput.add(NET, batch(4, 8), 1)
+    throughput.add(NET, 32, 8)
     now = 14.0
     assert throughput.rates() == {"tokens_per_second": 8.0}
     throughput.peak = 1e6
-    throughput.add(NET, batch(4, 8), 1)
+    throughput.add(NET, 32, 8)
     now = 15.0
     mfu = 32 * NET.flops_per_token(8) / 1e6
     assert throughput.rates() == {"tokens_per_second": 32.0, "mfu": pytest.approx(mfu)}
@@ -54,11 +50,11 @@ def test_a_checkpoint_without_flops_counts_its_tokens_like_the_next() -> None:
     throughput = Throughput()
     throughput.load_state_dict({"tokens_seen": 1000})
     for _ in range(2):
-        throughput.add(NET, batch(4, 8), 1)
+        throughput.add(NET, 32, 8)
     assert throughput.flops == 1064 * NET.flops_per_token(8)
     again = Throughput()
     again.load_state_dict(throughput.state_dict())
-    again.add(NET, batch(4, 8), 1)
+    again.add(NET, 32, 8)
     assert again.flops == 1096 * NET.flops_per_token(8)
 
 

@@ -2,6 +2,7 @@
 
 from hlbgpt.callbacks.batch_growth import BatchGrowth
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
+from hlbgpt.callbacks.console import Console
 from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.hlb041 import SequenceGrowth, SteeredBatch
 from hlbgpt.callbacks.samples import PrintSample
@@ -11,6 +12,7 @@ from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
 
 __all__ = [
     "BatchGrowth",
+    "Console",
     "LastCheckpoint",
     "LossScaledWeightDecay",
     "PrintSample",

@@ -1,19 +1,26 @@
 """The clock: stops training when the target is met, and records how long that took."""
 
+import io
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich import box
+from rich.console import Console as Terminal
+from rich.table import Table
 
 from hlbgpt.clock import Stopwatch, process_seconds, synchronize
+from hlbgpt.curves import text_loggers
 from hlbgpt.data.stream import TokenStream
 from hlbgpt.errors import InputError
 from hlbgpt.folders import RECORD, run_folder
+from hlbgpt.forecast import seconds_to_target
 from hlbgpt.machine import device_name, driver_version, git_revision, peak_memory
 from hlbgpt.module import LanguageModule
+from hlbgpt.saved_config import compared_settings
 from hlbgpt.seeds import run_seed
 
 
@@ -50,6 +57,7 @@ class TimeToTarget(L.Callback):
         self._streams: list[TokenStream] = []
         self._compiled = 0.0
         self._last_value: tuple[float, int] | None = None  # monitored value, and at which step
+        self._values: list[tuple[float, float]] = []  # seconds of training, monitored value
         self._reached = False
         self._record: dict[str, Any] | None = None
 
@@ -61,6 +69,7 @@ class TimeToTarget(L.Callback):
         loader = trainer.fit_loop._combined_loader
         assert loader is not None
         self._streams = [s for s in loader.flattened if isinstance(s, TokenStream)]
+        pl_module.clock = self.train
         self._record = None
         if self._last_value and self._is_met(self._last_value[0]):
             self._reached = trainer.should_stop = True  # by the run that is resumed
@@ -84,16 +93,18 @@ class TimeToTarget(L.Callback):
         self.validation.stop()
         value = self._value(trainer)
         self._last_value = value, trainer.global_step
+        self._values.append((self.train.seconds, value))
         self._reached = trainer.strategy.reduce_boolean_decision(self._is_met(value))
         if self._reached:
             trainer.should_stop = True
             self._publish(trainer, pl_module)
             return
         if self.verbose:
-            pl_module.print(
-                f"step {trainer.global_step:>6}  {_millions(pl_module.tokens_seen)} tokens  "
-                f"{self.monitor} {value:.4f}  {self.train.seconds:.1f} s"
+            line = (
+                f"step {trainer.global_step:>6}  {in_millions(pl_module.tokens_seen)} tokens  "
+                f"{self.monitor} {value:.4f}  {self.train.seconds:.1f} s  {self.outlook(trainer)}"
             )
+            pl_module.print(line.rstrip())
         self.train.start()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -142,7 +153,7 @@ class TimeToTarget(L.Callback):
         return sum(stream.wait.seconds for stream in self._streams)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.clocks(), "last_value": self._last_value}
+        return {**self.clocks(), "last_value": self._last_value, "values": self._values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train = Stopwatch(state_dict["train_seconds"])
@@ -151,6 +162,20 @@ class TimeToTarget(L.Callback):
         self._compile_before = state_dict["compile_seconds"]
         self._wall_before = state_dict["wall_seconds"]
         self._last_value = state_dict["last_value"]
+        self._values = state_dict.get("values", [])
+
+    def outlook(self, trainer: L.Trainer) -> str:
+        """In words, when the target is to be expected, from the validations so far."""
+        now, plan = self.train.seconds, trainer.max_steps
+        left = seconds_to_target(self._values, self.target)
+        left = None if left is None else max(0.0, left - (now - self._values[-1][0]))
+        if trainer.global_step == plan:
+            return ""
+        if plan > 0 and trainer.global_step:
+            end = now / trainer.global_step * (plan - trainer.global_step)
+            if left is None or left > end:
+                return f"ends in about {_duration(end)}"
+        return "" if left is None else f"target in about {_duration(left)}"
 
     # --- the record ---------------------------------------------------------------------------
 
@@ -192,20 +217,47 @@ class TimeToTarget(L.Callback):
 
 
 def _summary(record: dict[str, Any]) -> str:
-    """The record in a line."""
+    """The verdict in a line, and the figures in a table."""
     value = "never validated" if record["value"] is None else f"{record['value']:.4f}"
     what = "target met" if record["reached"] else "target NOT met"
-    return (
+    verdict = (
         f"{what}: {record['monitor']} {value} (target {record['target']:g}) at step "
-        f"{record['step']} after {_millions(record['tokens'])} tokens: "
-        f"{record['train_seconds']:.1f} s of training, {record['compile_seconds']:.1f} s of "
-        f"compilation, {record['validation_seconds']:.1f} s of validation, "
-        f"{record['wall_seconds']:.1f} s in all"
+        f"{record['step']} after {in_millions(record['tokens'])} tokens: "
+        f"{record['train_seconds']:.1f} s of training"
     )
+    table = Table(box=box.SIMPLE, show_header=False)
+    for name, figure in _figures(record).items():
+        table.add_row(name, figure)
+    shown = io.StringIO()
+    Terminal(file=shown, width=100).print(table)
+    return f"{verdict}\n{shown.getvalue().rstrip()}"
 
 
-def _millions(tokens: int) -> str:
+def _figures(record: dict[str, Any]) -> dict[str, str]:
+    rate = record["tokens"] / record["train_seconds"] if record["train_seconds"] else 0.0
+    mfu = f", MFU {record['mfu']:.1%}" if record["mfu"] is not None else ""
+    waited = f"{record['data_seconds']:.1f} s of it waiting for data"
+    return {
+        "training": f"{record['train_seconds']:.1f} s, {waited}",
+        "compilation": f"{record['compile_seconds']:.1f} s",
+        "validation": f"{record['validation_seconds']:.1f} s",
+        "in all": f"{record['wall_seconds']:.1f} s",
+        "speed": f"{rate:,.0f} tokens/s{mfu}",
+        "parameters": f"{record['parameters']:,}",
+        "peak memory": f"{record['peak_memory_bytes'] / 1e9:.2f} GB",
+        "device": f"{record['devices']} x {record['device']}, {record['precision']}",
+    }
+
+
+def in_millions(tokens: int) -> str:
+    """As runs are spoken of: 0.82M."""
     return f"{tokens / 1e6:.2f}M"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @rank_zero_only
@@ -216,10 +268,13 @@ def _log_figures(trainer: L.Trainer, record: dict[str, Any]) -> None:
         for name, value in record.items()
         if isinstance(value, (bool, int, float)) and name not in ("target", "seed", "devices")
     }
-    settings = {name: record[name] for name in ("seed", "precision", "device", "target")}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(settings, metrics=figures, step=record["step"])
-            logger.save()
-        else:
-            logger.log_metrics(figures, step=record["step"])
+    settings: dict[str, Any] = {name: record[name] for name in ("precision", "device")}
+    if record["config"]:
+        settings |= compared_settings(Path(record["config"]).read_text(encoding="utf-8"))
+    settings["seed"] = record["seed"]
+    for logger in (with_text := text_loggers(trainer.loggers)):
+        logger.log_hyperparams(settings, metrics=figures, step=record["step"])
+        logger.save()
+    for other in trainer.loggers:
+        if other not in with_text:
+            other.log_metrics(figures, step=record["step"])
