@@ -142,7 +142,8 @@ class CLI(LightningCLI):
         """Fill in what the config leaves open, without writing it into the saved config."""
         settings = self.config_init[self.subcommand].trainer
         if settings.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            # Not between the texts that `predict` prints.
+            kwargs["enable_progress_bar"] = self.subcommand != "predict" and sys.stdout.isatty()
         if self.subcommand != "fit":
             kwargs.setdefault("logger", settings.logger or False)
         elif settings.default_root_dir is None and not settings.fast_dev_run:
