@@ -148,7 +148,9 @@ class CLI(LightningCLI):
         if own_bar or settings.enable_progress_bar is False or self.subcommand != "fit":
             self._parser(self.subcommand).callback_keys.remove("console")
             if settings.enable_progress_bar is None:
-                kwargs["enable_progress_bar"] = own_bar or sys.stdout.isatty()
+                # Not between the texts that `predict` prints.
+                shown = self.subcommand != "predict" and sys.stdout.isatty()
+                kwargs["enable_progress_bar"] = own_bar or shown
         if self.subcommand != "fit":
             kwargs.setdefault("logger", settings.logger or False)
         elif settings.default_root_dir is None and not settings.fast_dev_run:

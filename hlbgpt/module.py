@@ -1,6 +1,7 @@
 """The LightningModule: steps, compilation, optimizer, and what is logged."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from hlbgpt.compiling import compile_in_place, warm_up
 from hlbgpt.curves import SECONDS, TOKENS, CurveLogger
 from hlbgpt.data import TokenDataModule
 from hlbgpt.errors import InputError
-from hlbgpt.generate import Generation, generate
+from hlbgpt.generate import Generation, continue_texts
 from hlbgpt.models import Network
 from hlbgpt.models.base import token_scores
 from hlbgpt.optim import parameter_groups
@@ -354,16 +355,17 @@ class LanguageModule(L.LightningModule):
 
     # --- generation ---------------------------------------------------------------------------
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> str:
-        """Continue one prompt; prints the text and returns it."""
-        text = self.continue_text(batch)
-        self.print(f"{text}\n")
-        return text
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> list[str]:
+        """Continue prompts, (t,) each; prints the texts and returns them."""
+        return continue_texts(self.net, batch, self.generation, self.data.encoding, self._write)
 
     def continue_text(self, prompt: Tensor) -> str:
-        """`prompt` (1, t) and its continuation as text."""
-        tokens = generate(self.net, prompt, self.generation, vocab_size=self.data.vocab_size)
-        return self.data.decode(tokens[0].tolist())
+        """`prompt` (t,) and its continuation as text."""
+        return continue_texts(self.net, [prompt], self.generation, self.data.encoding)[0]
+
+    def _write(self, piece: str) -> None:
+        self.print(piece, end="")
+        sys.stdout.flush()  # a progress bar's print takes no `flush`
 
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:

@@ -31,7 +31,9 @@ _MIXED = {"16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 
 
 class Settings(CLI):
-    """The command line of `hlbgpt fit`, up to building the network, which gets no memory."""
+    """The command line of `hlbgpt fit`, up to building the network, on `device`."""
+
+    device = "meta"  # no memory, no values
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""
@@ -42,7 +44,7 @@ class Settings(CLI):
         require_sane(trainer)
 
     def instantiate_classes(self) -> None:
-        with torch.device("meta"):
+        with torch.device(self.device):
             self.config_init = self.parser.instantiate_classes(self.config)
 
     def _run_subcommand(self, subcommand: str) -> None:

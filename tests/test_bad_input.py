@@ -89,7 +89,16 @@ FIT = [
     (["--model.lr_scheduler.pct_start=7"], "model.lr_scheduler: Expected float between 0 and 1"),
     (["--model.lr_scheduler.total_steps=-4"], "model.lr_scheduler: Expected positive integer"),
     (["--model.generation.temperature=-1"], "temperature: -1"),
+    (["--model.generation.temperature=.nan"], "generation.temperature: nan is no number"),
+    (["--model.generation.max_new_tokens=-1"], "max_new_tokens: -1"),
     (["--model.generation.top_k=-1"], "top_k: -1"),
+    (["--model.generation.top_p=0"], "model.generation.top_p: 0.0 is not above 0 and at most 1"),
+    (["--model.generation.top_p=1.5"], "model.generation.top_p: 1.5 is not above 0"),
+    (["--model.generation.stop="], "model.generation.stop: '' ends every text at once"),
+    (["--model.generation.stop=[a, '']"], "model.generation.stop: '' ends every text at once"),
+    (["--model.generation.stream=perhaps"], "model.generation.stream"),
+    (["--model.generation.seed=-1"], "model.generation.seed: -1 is not from 0"),
+    (["--trainer.callbacks+=PrintSample", "--trainer.callbacks.prompt="], "PrintSample prompt: "),
     (["--divergence.max_skipped_steps=-1"], "divergence.max_skipped_steps: -1 is negative"),
     # paths
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -270,7 +279,13 @@ def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path
 
 def test_prompts_are_asked_for(hlbgpt, tiny: list[str], capfd) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)
-    assert "data.prompts: no prompt" in error_of(hlbgpt, capfd, "predict", f"--ckpt_path={LAST}")
+    predict = ["predict", f"--ckpt_path={LAST}"]
+    assert "data.prompts: no prompt" in error_of(hlbgpt, capfd, *predict)
+    for empty in ("", "['The ', '']"):
+        message = error_of(hlbgpt, capfd, *predict, f"--data.prompts={empty}")
+        assert "data.prompts: a prompt is empty; give" in message
+    seed = "--model.generation.seed=-1"
+    assert "generation.seed: -1" in error_of(hlbgpt, capfd, *predict, "--data.prompts=x", seed)
 
 
 def test_a_refused_command_leaves_earlier_runs_alone(hlbgpt, tiny: list[str]) -> None:

@@ -92,7 +92,13 @@ def test_validate_test_and_predict_from_a_checkpoint(hlbgpt, tiny: list[str], ca
     assert text.startswith("The history of")
     assert "\nx =" in text
     assert hlbgpt("predict", *from_checkpoint, *prompts) == text
+    for alike in ("--model.generation.stream=true", "--data.eval_batch_size=1"):
+        assert hlbgpt("predict", *from_checkpoint, *prompts, alike) == text
     assert hlbgpt("predict", *from_checkpoint, *prompts, "--model.generation.seed=7") != text
+    stopped = text[len("The history of") :][2:4]
+    stop = ["--model.generation.stop", stopped]
+    cut = hlbgpt("predict", *from_checkpoint, "--data.prompts", "The history of", *stop)
+    assert cut == f"The history of{text[len('The history of') :].partition(stopped)[0]}\n\n"
     one = hlbgpt("predict", *from_checkpoint, "--data.prompts", "The history of")
     assert one.strip() == text[: text.index("\n\nx =")].strip()
     assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]

@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 
+from hlbgpt.errors import InputError
 from hlbgpt.module import LanguageModule
 
 
@@ -14,13 +15,15 @@ class PrintSample(L.Callback):
     """
 
     def __init__(self, prompt: str) -> None:
+        if not prompt:
+            raise InputError("PrintSample prompt: empty, nothing to continue; give some text")
         self.prompt = prompt
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         if not trainer.is_global_zero:
             return
-        prompt = torch.tensor([pl_module.data.encode(self.prompt)])
+        prompt = torch.tensor(pl_module.data.encode(self.prompt))
         with trainer.precision_plugin.forward_context():
             text = pl_module.continue_text(prompt.to(pl_module.device))
         rule = "-" * 80

@@ -1,8 +1,8 @@
 """The LightningDataModule: text and tokenizer in, batches of tokens out."""
 
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -43,7 +43,8 @@ class TokenDataModule(L.LightningDataModule):
         micro_batch_size: Training windows in a batch, on each device.
         eval_sequence_length: Predicted tokens in a validation or test window. The benchmark asks
             for 1024, or the network's context where that is shorter.
-        eval_batch_size: Validation windows in a batch. It changes memory and speed, not the loss.
+        eval_batch_size: Validation windows in a batch, and prompts that `predict` continues at a
+            time. It changes memory and speed, not the loss or the texts.
         cache_dir: Folder for the token files.
         seed: Seed of the data order; by default the run's `seed_everything`.
         prompts: Texts that `predict` continues.
@@ -107,9 +108,10 @@ class TokenDataModule(L.LightningDataModule):
         """Map the token files that `stage` needs. Raises InputError for a text too short."""
         for split in self._splits(stage):
             self.files[split] = self._open(split)
-        if stage == "predict" and not self.prompts:
+        if stage == "predict" and not (self.prompts and all(self.prompts)):
+            found = "a prompt is empty" if self.prompts else "no prompt"
             raise InputError(
-                "data.prompts: no prompt; give one, as in --data.prompts 'The history of'"
+                f"data.prompts: {found}; give one, as in --data.prompts 'The history of'"
             )
         # Streams check what they are given: better now than after the first validation.
         if "train" in self.files:
@@ -200,12 +202,14 @@ class TokenDataModule(L.LightningDataModule):
         )
 
     def predict_dataloader(self) -> PromptStream:
-        return PromptStream([self.encode(text) for text in self.prompts])
+        return PromptStream([self.encode(text) for text in self.prompts], self.eval_batch_size)
 
     def transfer_batch_to_device(
-        self, batch: torch.Tensor, device: torch.device, dataloader_idx: int
-    ) -> torch.Tensor:
-        """To the device as uint16, a quarter of the bytes, and to int64 there."""
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """To the device as uint16, a quarter of the bytes, and to int64 there; prompts as such."""
+        if isinstance(batch, list):
+            return [prompt.to(device) for prompt in batch]
         if self._resident is not None and not self._evaluating:
             starts, length = batch[:, :1].to(device, non_blocking=True), int(batch[0, 1])
             places = starts + torch.arange(length + 1, device=device)
@@ -223,7 +227,3 @@ class TokenDataModule(L.LightningDataModule):
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""
         return self.encoding.encode_ordinary(text)
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; bytes that are not UTF-8 become the replacement character."""
-        return self.encoding.decode(list(tokens))

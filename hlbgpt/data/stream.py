@@ -223,18 +223,20 @@ class WindowStream:
 
 
 class PromptStream:
-    """Prompts, one after the other, each as (1, t) int64.
+    """Prompts in batches: lists of (t,) int64 tensors, each of a length of its own.
 
     Args:
         prompts: The tokens of each.
+        batch_size: Prompts in a batch, at most.
     """
 
-    def __init__(self, prompts: list[list[int]]) -> None:
-        self._prompts = prompts
+    def __init__(self, prompts: list[list[int]], batch_size: int) -> None:
+        self._prompts, self.batch_size = prompts, batch_size
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return -(-len(self._prompts) // self.batch_size)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for prompt in self._prompts:
-            yield torch.tensor([prompt])
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for start in range(0, len(self._prompts), self.batch_size):
+            batch = self._prompts[start : start + self.batch_size]
+            yield [torch.tensor(prompt, dtype=torch.int64) for prompt in batch]

@@ -120,11 +120,15 @@ class AdaptiveHead(nn.Module):
 
     def _ranked(self, x: Tensor) -> Tensor:
         """Log-probabilities (..., V) in the order of ranks."""
-        first = self._first().logits(x).float().log_softmax(-1)
-        parts = [first[..., : self.edges[1]]]
+        bias, common = self.log_prior if self.unigram_bias else None, self.edges[1]
+        # All clusters at once: `_classes` would copy the weights, which for a token takes longest.
+        logits = Classes(self.weight, bias, self.softcap).logits(x).float()
+        first = torch.cat([logits[..., :common], logits[..., self.vocab_size :]], dim=-1)
+        first = first.log_softmax(-1)
+        parts = [first[..., :common]]
         for number, (low, high) in enumerate(self._rare()):
-            within = self._classes(slice(low, high)).logits(x).float().log_softmax(-1)
-            parts.append(within + first[..., self.edges[1] + number, None])
+            within = logits[..., low:high].log_softmax(-1)
+            parts.append(within + first[..., common + number, None])
         return torch.cat(parts, dim=-1)
 
     def forward(

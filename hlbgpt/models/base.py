@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hlbgpt.models.cache import Cache
 from hlbgpt.models.head import TokenScores
 
 
@@ -16,15 +17,22 @@ class Network(nn.Module):
     Attributes:
         vocab_size: Number of logits, at least the number of the tokenizer's tokens.
         max_sequence_length: Longest sequence it can read; None if there is no limit.
+        reads_cache: Whether `forward` takes a cache; without, generated text is slow.
         wants_token_counts: Whether `use_token_counts` is to be called; counting takes time.
     """
 
     vocab_size: int
     max_sequence_length: int | None = None
+    reads_cache: bool = False
     wants_token_counts: bool = False
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        per_token: bool = False,
+        cache: Cache | None = None,
     ) -> Any:
         """Read `tokens` (B, T) int64.
 
@@ -32,6 +40,10 @@ class Network(nn.Module):
             Logits (B, T, vocab_size) without `targets`. With `targets` (B, T), of which -1 stands
             for no target, the mean loss in nats, or with `per_token` a `TokenScores`: see
             `hlbgpt.models.score`, which makes both from logits.
+
+        A network that `reads_cache` is also given a `cache`, never with targets: `tokens` then
+        follow those the cache holds, and of the last one it returns the logits (B, 1, vocab_size).
+        Any other is not passed `cache`, and reads all of a text again for each new token.
         """
         raise NotImplementedError
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.adaptive import AdaptiveHead
 from hlbgpt.models.base import Network
+from hlbgpt.models.cache import Cache, causal_attention
 from hlbgpt.models.head import TokenScores
 
 
@@ -48,6 +49,7 @@ class FastGPT(Network):
             not the loss.
     """
 
+    reads_cache = True
     wants_token_counts = True
 
     def __init__(
@@ -116,19 +118,26 @@ class FastGPT(Network):
         return linear + self.head.flops_per_token() + 3 * len(self.blocks) * attention
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        per_token: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor | TokenScores:
         """Log-probabilities (B, T, V) of `tokens` (B, T); with `targets` what `score` returns."""
+        if cache is not None:
+            cache.begin(tokens)
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):  # which leaves embeddings as they are
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = norm(x)
         if self.bigrams is not None:
-            x = x + self.bigrams(tokens).to(x.dtype)
+            x = x + self.bigrams(tokens, cache).to(x.dtype)
         start = x  # (B, T, D)
         for block in self.blocks:
-            x = block(x, start, tokens, self.rotary)
-        x = norm(x)
+            x = block(x, start, tokens, self.rotary, cache)
+        x = norm(x if cache is None else cache.end(x))
         if targets is None:
             return self.head.log_probabilities(x)
         return self.head(x, targets, per_token=per_token)
@@ -142,8 +151,11 @@ class Bigrams(nn.Module):
         self.table = nn.Embedding(rows, width)
         nn.init.zeros_(self.table.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        before = F.pad(tokens[:, :-1], (1, 0))
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        if cache is None:
+            before = F.pad(tokens[:, :-1], (1, 0))
+        else:
+            before = cache.before(self, tokens, 1)[:, :-1]
         return self.table((before * 1_000_003 + tokens * 8_191) % self.table.num_embeddings)
 
 
@@ -166,9 +178,12 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Turn queries or keys `x` (B, H, T, d)."""
-        cos, sin = (part[: x.shape[-2]].to(x.dtype) for part in (self.cos, self.sin))
+        if cache is None:
+            cos, sin = (part[: x.shape[-2]].to(x.dtype) for part in (self.cos, self.sin))
+        else:
+            cos, sin = (part[cache.places][:, None].to(x.dtype) for part in (self.cos, self.sin))
         left, right = x.chunk(2, dim=-1)
         return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
 
@@ -190,13 +205,20 @@ class Block(nn.Module):
         nn.init.normal_(self.expand.weight, std=(0.33 / width) ** 0.5)
         nn.init.zeros_(self.contract.weight)
 
-    def forward(self, x: Tensor, start: Tensor, tokens: Tensor, rotary: Rotary) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        start: Tensor,
+        tokens: Tensor,
+        rotary: Rotary,
+        cache: Cache | None = None,
+    ) -> Tensor:
         if self.keep is not None and self.again is not None:
             x = self.keep.to(x.dtype) * x + self.again.to(x.dtype) * start
         y = norm(x)
         if self.look_back is not None:
-            y = self.look_back(y)
-        x = x + self.attention(y, tokens, rotary)
+            y = self.look_back(y, cache)
+        x = x + self.attention(y, tokens, rotary, cache)
         return x + self.contract(F.relu(self.expand(norm(x))).square())
 
 
@@ -212,8 +234,12 @@ class LookBack(nn.Module):
         self.one_back = nn.Parameter(torch.full((width,), 0.5))
         self.two_back = nn.Parameter(torch.full((width,), 0.25))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
-        one, two = (F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] for back in (1, 2))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # (B, T, D)
+        if cache is None:
+            one, two = (F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] for back in (1, 2))
+        else:
+            seen = cache.before(self, x, 2)
+            one, two = seen[:, 1:-1], seen[:, :-2]
         return x + self.one_back.to(x.dtype) * one + self.two_back.to(x.dtype) * two
 
 
@@ -239,7 +265,9 @@ class Attention(nn.Module):
         self.value_table = nn.Embedding(values, width) if values else None
         self.share = nn.Parameter(torch.zeros(())) if values else None
 
-    def forward(self, x: Tensor, tokens: Tensor, rotary: Rotary) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tensor, rotary: Rotary, cache: Cache | None = None
+    ) -> Tensor:
         value = self.value(x)
         if self.value_table is not None and self.share is not None:
             value = value + self.share.to(x.dtype) * self.value_table(tokens).to(x.dtype)
@@ -247,5 +275,6 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
             for part in (self.query(x), self.key(x), value)
         )
-        y = F.scaled_dot_product_attention(rotary(norm(q)), rotary(norm(k)), v, is_causal=True)
+        q, k = rotary(norm(q), cache), rotary(norm(k), cache)
+        y = causal_attention(q, k, v, cache, self)
         return self.project(y.transpose(1, 2).flatten(2))  # (B, T, D)

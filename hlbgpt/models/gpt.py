@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.base import Network
+from hlbgpt.models.cache import Cache, causal_attention
 from hlbgpt.models.head import Classes, TokenScores
 
 
@@ -31,6 +32,8 @@ class GPT(Network):
         loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
             not the loss.
     """
+
+    reads_cache = True
 
     def __init__(
         self,
@@ -81,13 +84,24 @@ class GPT(Network):
         return linear + 6 * head.numel() + 3 * len(self.blocks) * attention
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        per_token: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor | TokenScores:
         """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T) what `head.score` returns."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            cache.begin(tokens)
+            positions = cache.places
         x = self.embedding(tokens) + self.position(positions)  # (B, T, D)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cache)
+        if cache is not None:
+            x = cache.end(x)
         classes = Classes(self.embedding.weight, chunk=self.loss_chunk)
         x = self.norm(x)
         return classes.logits(x) if targets is None else classes.score(x, targets, per_token)
@@ -101,8 +115,8 @@ class Block(nn.Module):
         self.attention = Attention(width, num_heads)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attention(x, cache)
         return x + self.mlp(x)
 
 
@@ -114,12 +128,12 @@ class Attention(nn.Module):
         self.expand = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
             for part in self.expand(self.norm(x)).chunk(3, dim=-1)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = causal_attention(q, k, v, cache, self)
         return self.project(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

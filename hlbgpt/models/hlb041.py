@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.base import Network
+from hlbgpt.models.cache import Cache
 from hlbgpt.models.head import Classes, TokenScores
 
 
@@ -27,6 +28,8 @@ class HLB041(Network):
         loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
             not the loss.
     """
+
+    reads_cache = True
 
     def __init__(
         self,
@@ -63,14 +66,25 @@ class HLB041(Network):
         return super().flops_per_token(sequence_length) + 3 * len(self.blocks) * attention
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, per_token: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        per_token: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor | TokenScores:
         """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T) what `head.score` returns."""
         x = self.embedding(tokens)  # (B, T, D)
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        distance = place - place[:, None]  # (T, T): j - i
+        if cache is None:
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            distance = place - place[:, None]  # (T, T): j - i
+        else:
+            cache.begin(tokens)
+            distance = cache.distance
         for block in self.blocks:
-            x = block(x, distance)
+            x = block(x, distance, cache)
+        if cache is not None:
+            x = cache.end(x)
         classes = Classes(self.head.weight, chunk=self.loss_chunk)
         x = self.norm(x)
         return classes.logits(x) if targets is None else classes.score(x, targets, per_token)
@@ -89,9 +103,12 @@ class LatentBlock(nn.Module):
         nn.init.normal_(self.expand.weight, std=0.25 / width**0.5)
         nn.init.normal_(self.project.weight, std=0.5 / width**0.5 / num_blocks)
 
-    def forward(self, x: Tensor, distance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, distance: Tensor, cache: Cache | None = None) -> Tensor:
         query, key, linear, gate = self.expand(self.norm(x)).split(self.sizes, dim=-1)
         local, values = (linear * F.gelu(gate)).chunk(2, dim=-1)  # (B, T, D) each
+        if cache is not None:
+            key = cache.extend((self, "keys"), key)
+            values = cache.extend((self, "values"), values)
         bias = F.softplus(self.slope) * distance
         bias = bias.masked_fill(distance > 0, -torch.inf).to(query.dtype)
         near = F.scaled_dot_product_attention(query, key, values, attn_mask=bias)

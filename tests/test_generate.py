@@ -1,0 +1,384 @@
+"""Generation: the cache changes no token, the draws are as set, text comes out whole."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import generate_speed
+import pytest
+import tiktoken
+import torch
+from conftest import CONFIGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hlbgpt.data.tokenizer import load_tokenizer
+from hlbgpt.errors import InputError
+from hlbgpt.generate import Generation, TextWriter, candidates, continue_texts, generate
+from hlbgpt.models import GPT, HLB041, Cache, FastGPT, Network
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "width": 16, "num_blocks": 2}
+TABLES: dict[str, Any] = {"value_embeddings": 1, "bigram_size": 31, "cutoffs": [8, 24]}
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "gpt": lambda **sizes: GPT(num_heads=2, **sizes),
+    "hlb041": HLB041,
+    "fast": lambda **sizes: FastGPT(num_heads=2, **sizes),
+    "fast, tables": lambda **sizes: FastGPT(num_heads=2, **TABLES, **sizes),
+    "fast, bare": lambda **sizes: FastGPT(num_heads=2, look_back=False, shortcut=False, **sizes),
+}
+each_network = pytest.mark.parametrize("name", NETWORKS)
+ALL = {"temperature": 1.0, "top_k": 0}
+
+
+def network(name: str, *, context: int = 16, **sizes: int) -> Network:
+    """Far from its start, where much is zero; in double, where two ways round to the same."""
+    torch.manual_seed(0)
+    net = NETWORKS[name](**SIZES | sizes, max_sequence_length=context)
+    net.use_token_counts(torch.randint(1000, (60,)))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return net.double()
+
+
+def prompts_of(*lengths: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(60, (length,), generator=random) for length in lengths]
+
+
+def tokens_of(net: Network, prompts: list[Tensor], **how: Any) -> list[list[int]]:
+    extra = {key: how.pop(key) for key in ("take", "use_cache") if key in how}
+    out = generate(net, prompts, Generation(**how), vocab_size=60, **extra)
+    return [tokens.tolist() for tokens in out]
+
+
+# --- with and without a cache ---------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(
+    name=st.sampled_from(list(NETWORKS)),
+    context=st.integers(1, 12),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    new=st.integers(0, 25),
+    seed=st.integers(0, 9),
+)
+def test_the_cache_changes_no_token(
+    name: str, context: int, lengths: list[int], new: int, seed: int
+) -> None:
+    """Whatever the lengths in a batch, also past the context's end, and several times so."""
+    net, prompts = network(name, context=context), prompts_of(*lengths)
+    how = {"max_new_tokens": new, "seed": seed, **ALL}
+    tokens = tokens_of(net, prompts, **how)
+    assert tokens == tokens_of(net, prompts, **how, use_cache=False)
+    assert [len(row) for row in tokens] == [length + new for length in lengths]
+
+
+@each_network
+def test_the_cache_changes_no_token_in_single_precision(name: str) -> None:
+    net, prompts = network(name).float(), prompts_of(1, 5, 16, 30)
+    how = {"max_new_tokens": 40, **ALL}
+    assert tokens_of(net, prompts, **how) == tokens_of(net, prompts, **how, use_cache=False)
+
+
+@each_network
+@settings(max_examples=10)
+@given(cuts=st.sets(st.integers(1, 15)))
+def test_chunks_read_like_the_whole(name: str, cuts: set[int]) -> None:
+    """The logits after each chunk are those of the network without a cache."""
+    net = network(name)
+    tokens, cache = torch.randint(60, (3, 16)), Cache(3, 16)
+    whole = net(tokens)
+    ends = [0, *sorted(cuts), 16]
+    for start, end in itertools.pairwise(ends):
+        last = net(tokens[:, start:end], cache=cache)
+        assert last.shape == (3, 1, 64)
+        torch.testing.assert_close(last[:, 0], whole[:, end - 1])
+
+
+@each_network
+def test_sequences_of_a_batch_do_not_mix(name: str) -> None:
+    """Also where one is put in the place of another, and where some are dropped."""
+    net, texts = network(name), prompts_of(9, 3, 6)
+    cache = Cache(3, 16)
+    net(torch.randint(60, (3, 7)), cache=cache)
+    for row, text in enumerate(texts):
+        alone = Cache(1, 16)
+        net(text[None], cache=alone)
+        cache.put(row, alone)
+    for rows in ([0, 1, 2], [2, 0], [1]):
+        cache.keep(rows)
+        texts = [torch.cat([texts[row], torch.randint(60, (2,))]) for row in rows]
+        last = net(torch.stack([text[-2:] for text in texts]), cache=cache)
+        for logits, text in zip(last, texts, strict=True):
+            torch.testing.assert_close(logits[-1], net(text[None])[0, -1])
+
+
+def test_an_emptied_sequence_has_nothing_before_it() -> None:
+    net, cache = network("fast, tables"), Cache(1, 16)
+    net(torch.tensor([[1, 2, 3]]), cache=cache)
+    cache.put(0, Cache(1, 1))
+    tokens = torch.tensor([[4]])
+    torch.testing.assert_close(net(tokens, cache=cache), net(tokens))
+
+
+def test_a_full_cache_takes_no_more() -> None:
+    net, cache = network("gpt"), Cache(1, 4)
+    net(torch.tensor([[1, 2, 3]]), cache=cache)
+    with pytest.raises(ValueError, match="at most 4 tokens: cannot take 1 of 5"):
+        net(torch.tensor([[4, 5]]), cache=cache)
+    with pytest.raises(ValueError, match="cannot take 2"):
+        net(torch.tensor([[4], [5]]), cache=cache)
+
+
+class Plain(Network):
+    """A user's own, which knows nothing of caches: the last token decides."""
+
+    vocab_size = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 64)
+
+    def forward(self, tokens, targets=None, *, per_token=False):
+        return self.table(tokens)
+
+
+def test_a_network_that_reads_no_cache() -> None:
+    net = Plain()
+    expected = [7]
+    for _ in range(20):
+        expected.append(int(net.table.weight[expected[-1], :60].argmax()))
+    prompts = [torch.tensor([7]), torch.tensor([3, 7])]
+    tokens = tokens_of(net, prompts, max_new_tokens=20, temperature=0)
+    assert tokens == [expected, [3, *expected]]
+
+
+def test_autocast_weights_are_kept_and_change_no_token() -> None:
+    """Lightning's autocast casts at each use; generation lets it keep what it cast."""
+    net, how = network("fast, tables").float(), Generation(max_new_tokens=4)
+    prompts = prompts_of(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(net, prompts, how, vocab_size=60)
+    with (
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+        torch.profiler.profile(record_shapes=True) as profile,
+    ):
+        tokens = generate(net, prompts, how, vocab_size=60)
+    assert all(map(torch.equal, tokens, expected))
+    head = [list(net.head.weight.shape)]
+    casts = [e for e in profile.events() if e.name == "aten::copy_" and e.input_shapes[:1] == head]
+    assert len(casts) == 1
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+def test_the_same_for_a_seed_and_within_the_vocabulary() -> None:
+    net, prompts = network("gpt", context=8), prompts_of(3)
+    (tokens,) = tokens_of(net, prompts, max_new_tokens=30, **ALL)
+    assert tokens[:3] == prompts[0].tolist()
+    assert max(tokens) < 60
+    assert len(set(tokens)) > 3
+    assert [tokens] == tokens_of(net, prompts, max_new_tokens=30, **ALL)
+    assert [tokens] != tokens_of(net, prompts, max_new_tokens=30, seed=1, **ALL)
+
+
+def test_the_older_half_of_a_full_context_is_forgotten() -> None:
+    net = network("gpt", context=8)
+    (tokens,) = tokens_of(net, prompts_of(11), max_new_tokens=30, temperature=0)
+    seen = tokens[3:11]
+    for token in tokens[11:]:
+        assert net(torch.tensor([seen]))[0, -1, :60].argmax() == token
+        seen.append(token)
+        if len(seen) > 8:
+            seen = seen[-4:]
+
+
+def test_a_prompt_is_continued_the_same_in_any_batch() -> None:
+    """Also where others end earlier, whatever their place."""
+    net, prompts = network("fast"), prompts_of(4, 1, 9, 20)
+    how = {"max_new_tokens": 40, **ALL}
+    alone = [tokens_of(net, [prompt], **how)[0] for prompt in prompts]
+    assert tokens_of(net, prompts, **how) == alone
+    assert tokens_of(net, prompts[::-1], **how) == alone[::-1]
+    left = {0: 5, 1: 1, 2: 5, 3: 40}
+
+    def take(row: int, token: int) -> bool:
+        left[row] -= 1
+        return left[row] > 0
+
+    tokens = tokens_of(net, prompts, **how, take=take)
+    assert left == dict.fromkeys(range(4), 0)
+    assert tokens == [row[: len(row) - less] for row, less in zip(alone, (35, 39, 35, 0))]  # noqa: B905
+
+
+def expected(logits: list[float], how: Generation) -> dict[int, float]:
+    """Probabilities of the tokens that may be drawn, summing to 1; slowly, one at a time."""
+    if how.temperature == 0:
+        return {logits.index(max(logits)): 1.0}
+    weight = {
+        token: float(torch.tensor((value - max(logits)) / how.temperature).double().exp())
+        for token, value in enumerate(logits)
+    }
+    order = sorted(weight, key=lambda token: -weight[token])[: how.top_k or None]
+    total, reached, kept = sum(weight[token] for token in order), 0.0, []
+    for token in order:
+        kept.append(token)
+        reached += weight[token] / total
+        if reached >= how.top_p:
+            break
+    return {token: weight[token] / sum(weight[t] for t in kept) for token in kept}
+
+
+@given(
+    logits=st.lists(st.integers(-500, 500), min_size=1, max_size=30, unique=True),
+    temperature=st.sampled_from([0, 1e-30, 0.1, 0.8, 1, 5]),
+    top_k=st.integers(0, 40),
+    top_p=st.sampled_from([1e-9, 0.1234, 0.5678, 0.9123, 1.0]),
+)
+def test_temperature_then_top_k_then_top_p(
+    logits: list[int], temperature: float, top_k: int, top_p: float
+) -> None:
+    how = Generation(temperature=temperature, top_k=top_k, top_p=top_p)
+    scores = torch.tensor(logits) / 64
+    tokens, share = candidates(scores, how)
+    found = dict(zip(tokens.tolist(), (share / share.sum()).tolist(), strict=True))
+    found = {token: value for token, value in found.items() if value > 1e-12}
+    likely = {t: v for t, v in expected(scores.tolist(), how).items() if v > 1e-12}
+    assert found == pytest.approx(likely, rel=1e-4)
+
+
+def test_tokens_come_as_often_as_is_likely() -> None:
+    net = Plain()
+    nn.init.zeros_(net.table.weight)
+    share = torch.tensor([0.5, 0.3, 0.2])
+    net.table.weight.data[:, :3] = share.log() + 50
+    (tokens,) = tokens_of(net, [torch.tensor([0])], max_new_tokens=1000, **ALL)
+    found = torch.bincount(torch.tensor(tokens[1:])) / 1000
+    torch.testing.assert_close(found, share, rtol=0, atol=0.06)
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    net = network("gpt")
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        tokens_of(net, prompts_of(3, 0))
+    nn.init.constant_(net.embedding.weight, torch.nan)
+    with pytest.raises(InputError, match=r"model.net: its largest logit is nan"):
+        tokens_of(net, prompts_of(3))
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+# Tokens that hold several characters, or end or begin within one.
+PIECES = [b"ab", b"ba", b"abc", b"a\xc3", b"\xa9b", b"\xf0\x9f", b"\x99\x82", "é🙂".encode()]
+RANKS = {bytes([byte]): byte for byte in range(256)} | {p: 256 + i for i, p in enumerate(PIECES)}
+ENCODING = tiktoken.Encoding("pieces", pat_str=r"[\s\S]", mergeable_ranks=RANKS, special_tokens={})
+LETTERS = st.sampled_from(["a", "b", "c", "é", "🙂", "\ufffd"])
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """`text` before the first complete stop string, the longest of those; slowly."""
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)]
+    return text
+
+
+@settings(max_examples=300)
+@given(
+    tokens=st.lists(st.sampled_from([97, 98, 99, 0xC3, 0xA9, *range(256, 256 + len(PIECES))])),
+    stops=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_make_the_text_before_the_first_stop(tokens: list[int], stops: list[str]) -> None:
+    pieces: list[str] = []
+    writer = TextWriter(ENCODING, stops, pieces.append)
+    prompt = list("abcé🙂".encode())
+    writer.begin(prompt)
+    for token in tokens:
+        if not writer.add(token):
+            break
+    writer.end()
+    text = cut(ENCODING.decode(tokens), stops)
+    assert writer.text == "".join(pieces) == "abcé🙂" + text
+    assert writer.ended == (text != ENCODING.decode(tokens))
+
+
+def test_text_is_written_as_soon_as_it_is_certain() -> None:
+    pieces: list[str] = []
+    writer = TextWriter(load_tokenizer("bytes"), ["bad"], pieces.append)
+    writer.begin(list(b"x"))
+    for byte, written in zip("éab-bad".encode(), ("", "é", "a", "", "b-", "", "", ""), strict=True):
+        before = len(pieces)
+        assert writer.add(byte) == (byte != ord("d"))
+        assert "".join(pieces[before:]) == written
+    assert "".join(pieces) == "xéab-"
+
+
+@pytest.fixture
+def speaker() -> Network:
+    return network("fast", vocab_size=256, context=32)
+
+
+def texts_of(net: Network, texts: list[str], **how: Any) -> tuple[list[str], list[str]]:
+    """The continued texts, and what was written."""
+    encoding, pieces = load_tokenizer("bytes"), []
+    how = {"max_new_tokens": 50, "temperature": 1.0, "top_k": 0} | how
+    prompts = [torch.tensor(encoding.encode_ordinary(text)) for text in texts]
+    return continue_texts(net, prompts, Generation(**how), encoding, pieces.append), pieces
+
+
+def test_streamed_text_is_the_whole_text(speaker: Network) -> None:
+    prompts = ["The ", "x", "é" * 40]
+    whole, written = texts_of(speaker, prompts, stream=False)
+    assert written == [f"{text}\n\n" for text in whole]
+    assert all(text.startswith(prompt) for text, prompt in zip(whole, prompts, strict=True))
+    streamed, pieces = texts_of(speaker, prompts, stream=True)
+    assert streamed == whole
+    assert "".join(pieces) == "".join(written)
+    assert len(pieces) > 50
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_a_text(speaker: Network, stream: bool) -> None:
+    prompts = ["The ", "x"]
+    (first, second), _ = texts_of(speaker, prompts)
+    stop = first[20:23]
+    (stopped, other), pieces = texts_of(speaker, prompts, stop=stop, stream=stream)
+    assert stopped == "The " + cut(first[4:], [stop])
+    assert other == "x" + cut(second[1:], [stop])
+    assert "".join(pieces) == f"{stopped}\n\n{other}\n\n"
+    assert texts_of(speaker, prompts, stop=["\0\0\0", stop])[0] == [stopped, other]
+
+
+def test_nothing_is_read_after_a_stop_string(
+    speaker: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, reads, forward = texts_of(speaker, ["The "])[0][0][20:23], [], speaker.forward
+    monkeypatch.setattr(speaker, "forward", lambda *a, **k: reads.append(a) or forward(*a, **k))
+    texts_of(speaker, ["The "], stop=stop)
+    assert 1 < len(reads) < 30
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+def test_speed_of_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["--config", str(CONFIGS / "proxy.yaml"), "--model.net.init_args.width=32"]
+    monkeypatch.setattr(sys, "argv", ["generate_speed.py", *words, "--tokens=4", "--repeats=2"])
+    generate_speed.main()
+    out = capsys.readouterr().out
+    assert out.startswith("FastGPT: ")
+    assert "; 4 tokens; n=2; " in out
+    assert "\nratio of the medians: " in out
+    monkeypatch.setattr(sys, "argv", ["generate_speed.py", *words, "--tokens=0"])
+    with pytest.raises(SystemExit):
+        generate_speed.main()
+    assert "error: --tokens: 0 is less than 1" in capsys.readouterr().err
