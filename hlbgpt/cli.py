@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +58,10 @@ _COMMANDS = {
 }
 
 
+class RefusedError(SystemExit):
+    """The command line makes no sense; jsonargparse lets this pass where it catches others."""
+
+
 class Parser(LightningArgumentParser):
     """Says in one line what is wrong with an argument or a config file."""
 
@@ -65,15 +70,16 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
-        sys.stderr.write(f"hlbgpt: error: {_one_line(message)} (see {command} --help)\n")
-        raise SystemExit(2)
+        raise RefusedError(f"{one_line(message)} (see {command} --help)")
 
 
 class CLI(LightningCLI):
     """LightningCLI with a folder for each run, a clock that is always there, and short errors."""
 
-    def __init__(self, resources: contextlib.ExitStack) -> None:
-        """`resources`: closed when the command has ended."""
+    def __init__(
+        self, resources: contextlib.ExitStack, callbacks: Sequence[L.Callback] = ()
+    ) -> None:
+        """`resources` are closed when the command has ended; `callbacks` are added."""
         self.resources = resources
         self.checkpoint: dict[str, Any] = {}
         self.checkpoint_path: Path | None = None
@@ -89,7 +95,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             # Settings stored in a checkpoint would silently win over those typed.
             load_from_checkpoint_support=False,
-            trainer_defaults={"enable_model_summary": False},
+            trainer_defaults={"enable_model_summary": False, "callbacks": list(callbacks)},
         )
 
     @staticmethod
@@ -218,7 +224,7 @@ class CLI(LightningCLI):
                 print(f"text: hlbgpt predict --ckpt_path {checkpoint} --data.prompts 'The '")
 
 
-def _one_line(message: object) -> str:
+def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
@@ -230,29 +236,41 @@ def _quieten() -> None:
     )
 
 
+def run(words: list[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
+    """Run a command, and leave this process as it was."""
+    forget_claim()
+    _quieten()
+    arguments, path = sys.argv, list(sys.path)
+    # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
+    sys.path.insert(0, os.getcwd())
+    try:
+        require_readable_configs(words)
+        sys.argv = [arguments[0], *with_saved_config(words)]
+        with contextlib.ExitStack() as resources:
+            return CLI(resources, callbacks)
+    except BaseException:
+        drop_folder_without_steps()
+        raise
+    finally:
+        sys.argv, sys.path[:] = arguments, path
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user can put right ends in one line and exit code 2.
 
     With HLBGPT_TRACEBACK=1 in the environment the traceback is shown.
     """
-    # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
-    sys.path.insert(0, os.getcwd())
-    forget_claim()
-    _quieten()
     try:
-        words = sys.argv[1:] if arguments is None else arguments
-        require_readable_configs(words)
-        sys.argv[1:] = with_saved_config(words)
-        with contextlib.ExitStack() as resources:
-            CLI(resources)
+        run(sys.argv[1:] if arguments is None else arguments)
     except (InputError, MisconfigurationException, OSError, DivergedError) as error:
-        drop_folder_without_steps()
         if os.environ.get("HLBGPT_TRACEBACK"):
             raise
-        sys.stderr.write(f"hlbgpt: error: {_one_line(error)}\n")
+        sys.stderr.write(f"hlbgpt: error: {one_line(error)}\n")
         raise SystemExit(1 if isinstance(error, DivergedError) else 2) from None
+    except RefusedError as error:
+        sys.stderr.write(f"hlbgpt: error: {error.code}\n")
+        raise SystemExit(2) from None
     except (SystemExit, KeyboardInterrupt) as stop:
-        drop_folder_without_steps()
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             raise SystemExit(128 + signal.SIGINT) from None
         raise

@@ -359,10 +359,6 @@ class LanguageModule(L.LightningModule):
         """Continue prompts, (t,) each; prints the texts and returns them."""
         return continue_texts(self.net, batch, self.generation, self.data.encoding, self._write)
 
-    def continue_text(self, prompt: Tensor) -> str:
-        """`prompt` (t,) and its continuation as text."""
-        return continue_texts(self.net, [prompt], self.generation, self.data.encoding)[0]
-
     def _write(self, piece: str) -> None:
         self.print(piece, end="")
         sys.stdout.flush()  # a progress bar's print takes no `flush`

@@ -98,7 +98,7 @@ FIT = [
     (["--model.generation.stop=[a, '']"], "model.generation.stop: '' ends every text at once"),
     (["--model.generation.stream=perhaps"], "model.generation.stream"),
     (["--model.generation.seed=-1"], "model.generation.seed: -1 is not from 0"),
-    (["--trainer.callbacks+=PrintSample", "--trainer.callbacks.prompt="], "PrintSample prompt: "),
+    (["--trainer.callbacks+=Samples", "--trainer.callbacks.prompts="], "Samples prompts: "),
     (["--divergence.max_skipped_steps=-1"], "divergence.max_skipped_steps: -1 is negative"),
     # paths
     (["--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -156,7 +156,7 @@ def test_callbacks_from_the_command_line(hlbgpt, tiny: list[str]) -> None:
         "--trainer.callbacks.word=counted",
     )
     assert "counted: 4" in out
-    assert "sample of the trained network" in out  # those of the config are still there
+    assert "samples of the trained network" in out  # those of the config are still there
     assert "target NOT met" in out
     config = Path("runs/quickstart/version_0/config.yaml").read_text()
     assert "LearningRateMonitor" in config
@@ -173,7 +173,7 @@ def test_callbacks_from_yaml(hlbgpt, tiny: list[str]) -> None:
     out = hlbgpt("fit", *QUICKSTART, "--config", "more.yaml", *tiny, "--trainer.max_steps=40")
     assert "steps: 4" in out  # stopped early
     assert "runs/more/version_0" in out
-    assert "sample of the trained network" in out
+    assert "samples of the trained network" in out
 
 
 def test_parts_are_swapped_by_class_path(hlbgpt, tiny: list[str]) -> None:

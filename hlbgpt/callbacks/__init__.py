@@ -5,7 +5,7 @@ from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.console import Console
 from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.hlb041 import SequenceGrowth, SteeredBatch
-from hlbgpt.callbacks.samples import PrintSample
+from hlbgpt.callbacks.samples import Samples
 from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
@@ -15,7 +15,7 @@ __all__ = [
     "Console",
     "LastCheckpoint",
     "LossScaledWeightDecay",
-    "PrintSample",
+    "Samples",
     "SequenceGrowth",
     "SteeredBatch",
     "StopOnDivergence",
