@@ -88,7 +88,7 @@ def with_saved_config(arguments: list[str]) -> list[str]:
 
 def changed_settings(stored: str, now: str) -> list[str]:
     """A line for each setting that differs between two configs as text."""
-    before, after = (_flat(yaml.safe_load(text) or {}) for text in (stored, now))
+    before, after = (flat_settings(yaml.safe_load(text) or {}) for text in (stored, now))
     return [
         f"{key}: {before.get(key, 'not set')} in the checkpoint, {after.get(key, 'not set')} now"
         for key in {**before, **after}
@@ -96,7 +96,7 @@ def changed_settings(stored: str, now: str) -> list[str]:
     ]
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
+def flat_settings(value: Any, key: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names; in lists, by their numbers."""
     if isinstance(value, dict) and value:
         items = value.items()
@@ -106,5 +106,5 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
         return {key: value}
     found: dict[str, Any] = {}
     for name, item in items:
-        found |= _flat(item, f"{key}.{name}" if key else str(name))
+        found |= flat_settings(item, f"{key}.{name}" if key else str(name))
     return found
