@@ -15,6 +15,7 @@ from hlbgpt.folders import RECORD, last_checkpoint
 
 AS_IS = "as is"
 NOTE = "made_from.json"
+SEED = "seed_"  # a run's folder is OUT/<config>/<variant>/seed_N/version_0
 OURS = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger")
 
 
@@ -160,10 +161,10 @@ def jobs(options: argparse.Namespace, common: list[str]) -> list[Job]:
         stems.add(Path(config).stem)
     asked = [
         Job(
-            variant=_label(Path(config).stem, name, len(stems)),
+            variant=label(Path(config).stem, name, len(stems)),
             seed=seed,
             words=["--config", config, *common, *extra, "--seed_everything", str(seed)],
-            folder=options.out / Path(config).stem / _folder_name(name) / f"seed_{seed}",
+            folder=options.out / Path(config).stem / _folder_name(name) / f"{SEED}{seed}",
         )
         for seed in range(options.first_seed, options.first_seed + options.seeds)
         for config in options.config
@@ -174,10 +175,20 @@ def jobs(options: argparse.Namespace, common: list[str]) -> list[Job]:
     return asked
 
 
-def _label(config: str, variant: str, configs: int) -> str:
+def label(config: str, variant: str, configs: int) -> str:
+    """What a variant of a config is called where there are that many configs."""
     if configs == 1:
         return variant
     return config if variant == AS_IS else f"{config}, {variant}"
+
+
+def name_of(run_folder: Path) -> str | None:
+    """What the run that a benchmark left in `run_folder` is a run of; None if it is none."""
+    folder = run_folder.absolute().parent
+    if not (folder / NOTE).is_file() or not folder.name.startswith(SEED):
+        return None
+    variant, config = folder.parents[0].name, folder.parents[1].name
+    return label(config, variant.replace("_", " "), configs=2)
 
 
 def require_same_as_before(job: Job) -> None:

@@ -5,19 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from picture import draw as draw_picture
+
 from hlbgpt.errors import InputError
 from hlbgpt.schedules import Step
-
-# Small enough that text stays legible at the width of a README, some 800 pixels.
-_INCHES, _DOTS_PER_INCH = (7.0, 5.6), 220
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hlbgpt",  # the same file every time
-}
 
 
 def draw(steps: Sequence[Step], devices: int, name: str, path: Path) -> None:
@@ -28,20 +19,9 @@ def draw(steps: Sequence[Step], devices: int, name: str, path: Path) -> None:
     """
     if not steps:
         raise InputError("--picture: without a schedule.table there is nothing to draw")
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise InputError(f"--picture {path}: name a file that ends in .png or .svg")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "--picture: matplotlib is not installed; pip install -e '.[plot]'"
-        ) from error
-    with rc_context(_STYLE):
-        figure = Figure(figsize=_INCHES, layout="constrained")
-        _fill(figure, steps, devices, name)
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        figure.savefig(path, dpi=_DOTS_PER_INCH, metadata=metadata)
+    draw_picture(
+        "--picture", [path], (7.0, 5.6), lambda figure: _fill(figure, steps, devices, name)
+    )
 
 
 def _fill(figure: Any, steps: Sequence[Step], devices: int, name: str) -> None:
