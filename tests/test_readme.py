@@ -1,7 +1,9 @@
 """Every command and example of the README works; CI runs the two that set everything up."""
 
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,13 @@ def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     assert links
     assert all((CONFIGS.parent / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize("block", [text for language, text in BLOCKS if language == "python"])
+def test_examples_are_short(block: str) -> None:
+    name, *lines = block.splitlines()
+    assert re.fullmatch(r"# \w+\.py", name)
+    assert len(lines) <= 20
 
 
 def small(arguments: list[str], sources: list[str]) -> list[str]:
@@ -71,7 +80,9 @@ def test_the_race_of_the_three_recipes(
     assert len(Path("runs/proxies/results.csv").read_text().splitlines()) == 4
 
 
-def test_commands_in_the_order_of_the_readme(hlbgpt, tiny: list[str], folder: Path) -> None:
+def test_commands_in_the_order_of_the_readme(
+    hlbgpt, tiny: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name in ("configs", "scripts"):
         Path(name).symlink_to(CONFIGS.parent / name)
     for name, split in {"train": "train", "validation": "valid", "test": "test"}.items():
@@ -81,6 +92,13 @@ def test_commands_in_the_order_of_the_readme(hlbgpt, tiny: list[str], folder: Pa
             name = block.splitlines()[0].removeprefix("# ")
             Path(name).write_text(block)
     hlbgpt("fit", "--config", "configs/quickstart.yaml", *tiny)
+    for name in ("use.py", "train.py"):
+        runpy.run_path(name)
+    out = capfd.readouterr().out
+    assert out.startswith("Return the ")
+    assert Path("quickstart.safetensors").is_file()
+    assert "runs/quickstart/version_1" in out
+    shutil.rmtree("runs/quickstart/version_1")
     for line in COMMANDS:
         if line in SETUP:
             continue
