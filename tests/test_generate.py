@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import CONFIGS
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -197,9 +197,10 @@ def test_the_older_half_of_a_full_context_is_forgotten() -> None:
             seen = seen[-4:]
 
 
-def test_a_prompt_is_continued_the_same_in_any_batch() -> None:
+@pytest.mark.parametrize("lengths", [(4, 1, 9, 20), (4, 4, 4, 4)])
+def test_a_prompt_is_continued_the_same_in_any_batch(lengths: tuple[int, ...]) -> None:
     """Also where others end earlier, whatever their place."""
-    net, prompts = network("fast"), prompts_of(4, 1, 9, 20)
+    net, prompts = network("fast"), prompts_of(*lengths)
     how = {"max_new_tokens": 40, **ALL}
     alone = [tokens_of(net, [prompt], **how)[0] for prompt in prompts]
     assert tokens_of(net, prompts, **how) == alone
@@ -293,6 +294,7 @@ def cut(text: str, stops: list[str]) -> str:
     tokens=st.lists(st.sampled_from([97, 98, 99, 0xC3, 0xA9, *range(256, 256 + len(PIECES))])),
     stops=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
 )
+@example(tokens=[258], stops=["abc", "b"])
 def test_pieces_make_the_text_before_the_first_stop(tokens: list[int], stops: list[str]) -> None:
     pieces: list[str] = []
     writer = TextWriter(ENCODING, stops, pieces.append)
