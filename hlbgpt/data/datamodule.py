@@ -36,8 +36,8 @@ class TokenDataModule(L.LightningDataModule):
     short windows are -1.
 
     Args:
-        source: Where the text comes from: `hlbgpt.data.HubText`, `TextFiles`, `EmbeddedText`, or
-            a class of your own.
+        source: Where the text comes from: `hlbgpt.data.TextFolder`, `TextFiles`, `HubText`,
+            `EmbeddedText`, or a class of your own.
         tokenizer: `gpt2` (50257 tokens) or `bytes` (256 tokens, nothing to download).
         sequence_length: Predicted tokens in a training window.
         micro_batch_size: Training windows in a batch, on each device.
