@@ -171,6 +171,19 @@ def test_bytes_in_errors_are_those_of_the_file(
         splits(tmp_path)
 
 
+def test_patterns_name_files_or_their_folders(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", "poems/c.rst", "poems/deep/d.txt"):
+        write(tmp_path, name, "words")
+
+    def found(*pattern: str | list[str]) -> str:
+        return " ".join(TextFolder(str(tmp_path), *pattern).files())
+
+    assert found() == "a.txt b.md poems/deep/d.txt"
+    assert found("*.rst") == "poems/c.rst"
+    assert found("poems/*") == "poems/c.rst poems/deep/d.txt"
+    assert found(["b.md", "*.rst"]) == "b.md poems/c.rst"
+
+
 def test_the_fingerprint_follows_every_file(tmp_path: Path) -> None:
     def found() -> str:
         return TextFolder(str(tmp_path)).fingerprint("train")

@@ -3,7 +3,8 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import NamedTuple
 
 from hlbgpt.data.text import SPLITS, TextSource, read_utf8
@@ -45,7 +46,8 @@ class TextFolder(TextSource):
 
     Args:
         folder: Where the files lie; hidden files and folders in it are passed over.
-        pattern: Names of the files, such as `*.txt`, or several; by default text and Markdown.
+        pattern: Names of the files, such as `*.txt`, or with their folders, such as `poems/*`; or
+            several; by default text and Markdown.
     """
 
     def __init__(
@@ -56,23 +58,25 @@ class TextFolder(TextSource):
         self.folder = Path(folder).expanduser()
         self.patterns = [pattern] if isinstance(pattern, str) else pattern
 
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, os.stat_result]:
         """The files by their names within the folder; raises InputError if there are none."""
         if not self.folder.is_dir():
             raise InputError(
                 f"data.source.folder: no folder {str(self.folder)!r}; name one with text files"
             )
-        found, endings = {}, set()
+        # Strings rather than paths: there may be a million files.
+        found, endings, top = {}, set(), os.path.join(self.folder, "")
         for root, folders, names in os.walk(self.folder, onerror=_give_up):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
-                path = Path(root, name)
-                within = path.relative_to(self.folder).as_posix()
-                if name.startswith(".") or not path.is_file():
+                path = os.path.join(root, name)
+                within = path.removeprefix(top).replace(os.sep, "/")
+                if name.startswith("."):
                     continue
-                endings.add(path.suffix or name)
-                if any(PurePosixPath(within).match(pattern) for pattern in self.patterns):
-                    found[within] = path
+                if any(fnmatchcase(name, p) or fnmatchcase(within, p) for p in self.patterns):
+                    found[within] = os.stat(path)
+                else:
+                    endings.add(os.path.splitext(name)[1] or name)
         if not found:
             others = [f"*{ending}" for ending in sorted(endings)[:8]]
             raise InputError(
@@ -83,9 +87,9 @@ class TextFolder(TextSource):
 
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()
-        for name, path in self.files().items():
-            stat = path.stat()
-            digest.update(f"{name}:{stat.st_size}:{stat.st_mtime_ns};".encode("utf-8", "replace"))
+        for name, stat in self.files().items():
+            line = f"{name}:{stat.st_size}:{stat.st_mtime_ns};"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         return f"folder:1:{self.folder.resolve()}:{digest.hexdigest()}"
 
     def size(self, split: str) -> int:
@@ -93,7 +97,7 @@ class TextFolder(TextSource):
         return self._bytes() * share // _EVERY
 
     def _bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files().values())
+        return sum(stat.st_size for stat in self.files().values())
 
     def chunks(self, split: str) -> Iterator[str]:
         """Block by block; raises InputError for a folder with too little text for three splits."""
@@ -109,8 +113,8 @@ class TextFolder(TextSource):
             yield _missing_line_ends(ends)
 
     def _blocks(self) -> Iterator[tuple[Block, str]]:
-        for name, path in self.files().items():
-            for number, text in enumerate(cut(read_utf8(path))):
+        for name in self.files():
+            for number, text in enumerate(cut(read_utf8(self.folder / name))):
                 yield Block(name, number), text
 
     def _moved(self) -> dict[Block, str]:
