@@ -35,6 +35,11 @@ def require_sane(trainer: Any) -> None:
             f"{torch.__version__} finds no CUDA GPU; use --trainer.accelerator cpu, or install a "
             "CUDA build of torch and its driver"
         )
+    if trainer.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise InputError(
+            f"trainer.accelerator: 'mps' asked for, but torch {torch.__version__} finds no Apple "
+            "GPU; use --trainer.accelerator cpu"
+        )
     if trainer.default_root_dir is not None:
         _require_folder("trainer.default_root_dir", Path(trainer.default_root_dir))
 

@@ -93,6 +93,9 @@ class LanguageModule(L.LightningModule):
         self._accumulate = self.steps.micro_batches = self.trainer.accumulate_grad_batches
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not chosen by the user
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if self.trainer.strategy.root_device.type == "mps":  # has no double precision
+            self.eval_loss.set_dtype(torch.float32)
+            self.eval_accuracy.set_dtype(torch.float32)
         logits, tokens = self.net.vocab_size, self.data.vocab_size
         if logits < tokens:
             raise InputError(
@@ -337,8 +340,8 @@ class LanguageModule(L.LightningModule):
 
     def _measure(self, batch: Tensor) -> None:
         scores, counted = token_scores(self.net, batch), batch[:, 1:] >= 0
-        self.eval_loss.update(scores.loss.double(), counted)
-        self.eval_accuracy.update(scores.correct.double(), counted)
+        self.eval_loss.update(scores.loss, counted)
+        self.eval_accuracy.update(scores.correct, counted)
 
     def _log_evaluation(self, prefix: str) -> None:
         """Log loss, perplexity, bits per byte and accuracy of the whole split."""

@@ -68,10 +68,15 @@ class SaveConfig(SaveConfigCallback):
 
 
 def config_name(configs: list[Any] | None) -> str:
-    """The run's name: that of the last config file, or of the run that a saved one is from."""
+    """The run's name: that of the last config file, or of the run that a saved one is from.
+
+    Those in a folder `machines` say where a recipe runs, not which.
+    """
     if not configs:
         return "default"
-    path = Path(str(configs[-1]))
+    paths = [Path(str(config)) for config in configs]
+    recipes = [path for path in paths if path.resolve().parent.name != "machines"]
+    path = (recipes or paths)[-1]
     return path.resolve().parents[1].name if path.name == CONFIG else path.stem
 
 

@@ -112,6 +112,14 @@ FIT = [
     (["--data.source.folder=a_file"], "data.source.folder: no folder 'a_file'"),
     (["--data.source.folder=a_folder"], "'a_folder' has no wiki.train.raw or wiki.train.tokens"),
     (["--data.source.train=a_folder"], "data.source.train: no file 'a_folder'"),
+    (
+        ["--data.source=hlbgpt.data.TextFolder", "--data.source.folder=a_folder"],
+        "data.source.folder: no *.txt or *.md in 'a_folder', only nothing; set data.source.pattern",
+    ),
+    (
+        ["--data.source=hlbgpt.data.HubText", "--data.source.rows=words"],
+        'key "data.source": ',
+    ),
     (["--trainer.default_root_dir=a_file/x"], "trainer.default_root_dir: cannot make 'a_file/x'"),
     (["--schedule.table=[{tokens: 0}]"], "schedule.table: 1 rows; give at least"),
     (["--schedule.table=[{tokens: 0, width: 3}]"], "schedule.table"),

@@ -36,8 +36,8 @@ class TokenDataModule(L.LightningDataModule):
     short windows are -1.
 
     Args:
-        source: Where the text comes from: `hlbgpt.data.HubText`, `TextFiles`, `EmbeddedText`, or
-            a class of your own.
+        source: Where the text comes from: `hlbgpt.data.TextFolder`, `TextFiles`, `HubText`,
+            `EmbeddedText`, or a class of your own.
         tokenizer: `gpt2` (50257 tokens) or `bytes` (256 tokens, nothing to download).
         sequence_length: Predicted tokens in a training window.
         micro_batch_size: Training windows in a batch, on each device.
@@ -214,6 +214,8 @@ class TokenDataModule(L.LightningDataModule):
             starts, length = batch[:, :1].to(device, non_blocking=True), int(batch[0, 1])
             places = starts + torch.arange(length + 1, device=device)
             return self._resident[places].to(torch.int64) & 0xFFFF
+        if device.type == "mps":  # where torch before 2.9 has no uint16
+            batch = batch.to(torch.int64)
         batch = batch.to(device, non_blocking=True).to(torch.int64)
         return batch.masked_fill_(batch == PADDING, IGNORE) if self._evaluating else batch
 

@@ -3,25 +3,25 @@
 A new source is one class with three methods; name it in YAML as `data.source.class_path`.
 """
 
-import ast
 import codecs
-import inspect
-import platform
-import sysconfig
+import hashlib
+import itertools
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hlbgpt.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 
+WIKITEXT, WIKITEXT_NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
 # The commit of the hub's repository from which the official raw files can be restored.
 WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
+_SPLIT_NAMES = dict.fromkeys(("val", "valid", "dev"), "validation")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -45,9 +45,46 @@ class TextSource(ABC):
         return None
 
 
+def stamps(paths: Iterable[Path]) -> str:
+    """A line that changes with the name, size or date of any file; a long one as its hash."""
+    line = ";".join(map(_stamp, paths))
+    # It has to fit into the header of a token file.
+    return line if len(ascii(line)) < 3000 else hashlib.sha256(line.encode()).hexdigest()
+
+
 def _stamp(path: Path) -> str:
     stat = path.stat()
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def read_utf8(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of about a megabyte.
+
+    Raises InputError, with the place in bytes, for what is not UTF-8, and for NUL.
+    """
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(_BLOCK_BYTES)
+            held = len(decoder.getstate()[0])  # start of a character cut by the last block
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}: not UTF-8 text at byte {done - held + error.start} "
+                    f"({error.reason}); convert the file to UTF-8"
+                ) from error
+            if "\0" in text:
+                place = done - held + len(text[: text.index("\0")].encode())
+                raise InputError(
+                    f"{path}: not text: byte {place} is NUL; if the file is UTF-16, convert it "
+                    "to UTF-8"
+                )
+            if text:
+                yield text
+            if not block:
+                return
+            done += len(block)
 
 
 class TextFiles(TextSource):
@@ -101,61 +138,50 @@ class TextFiles(TextSource):
         )
 
     def fingerprint(self, split: str) -> str:
-        return f"file:{_stamp(self.path(split))}"
+        return f"file:{stamps([self.path(split)])}"
 
     def size(self, split: str) -> int:
         return self.path(split).stat().st_size
 
     def chunks(self, split: str) -> Iterator[str]:
-        path, decoder, done = self.path(split), codecs.getincrementaldecoder("utf-8")(), 0
-        with path.open("rb") as file:
-            while True:
-                block = file.read(_BLOCK_BYTES)
-                held = len(decoder.getstate()[0])  # start of a character cut by the last block
-                try:
-                    text = decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{path}: not UTF-8 text at byte {done - held + error.start} "
-                        f"({error.reason}); convert the file to UTF-8"
-                    ) from error
-                if "\0" in text:
-                    place = done - held + len(text[: text.index("\0")].encode())
-                    raise InputError(
-                        f"{path}: not text: byte {place} is NUL; if the file is UTF-16, convert it "
-                        "to UTF-8"
-                    )
-                if text:
-                    yield text
-                if not block:
-                    return
-                done += len(block)
+        return read_utf8(self.path(split))
 
 
 class HubText(TextSource):
     """A data set of the Hugging Face hub, or a local folder of parquet files laid out like one.
 
-    The rows are joined to the text file they were made from. WikiText's rows are the lines of
-    the official raw files, except that a blank line, `" \\n"` there, is the row `""` here; it is
-    put back, so that the text is the official one byte for byte.
+    WikiText, which is `Salesforce/wikitext` or a folder of the name of one of its configurations,
+    becomes the official raw files byte for byte: its rows are their lines, except that a blank
+    line, `" \\n"` there, is the row `""` here and is put back. A row of any other data set is a
+    document, and a blank line follows it.
+
+    A split called val, valid or dev is the validation split. Where there is no validation or no
+    test split, some rows of the train split, drawn by their number, are taken for it, which is
+    said: a hundredth, but at least 100 (of few rows a tenth) and at most 1000.
 
     Args:
         path: Name of the data set on the hub, or a local folder.
         name: Configuration of the data set; in a local folder, the sub-folder of that name if
-            there is one.
-        revision: Commit of the hub's repository, pinned so that the text can never change.
+            there is one. By default its only one, and for WikiText `wikitext-103-raw-v1`.
+        revision: Commit of the hub's repository, to pin, so that the text can never change; by
+            default the newest, which is not looked for again once it is tokenized, and for
+            WikiText a fixed one.
         text_column: Column that holds the text.
+        rows: Whether rows are `lines` or `documents`; by default as above.
     """
 
     def __init__(
         self,
-        path: str = "Salesforce/wikitext",
-        name: str | None = "wikitext-103-raw-v1",
-        revision: str | None = WIKITEXT_REVISION,
+        path: str = WIKITEXT,
+        name: str | None = None,
+        revision: str | None = None,
         text_column: str = "text",
+        rows: Literal["lines", "documents"] | None = None,
     ) -> None:
-        self.path, self.name, self.revision, self.text_column = path, name, revision, text_column
-        self._loaded: dict[str, Any] = {}
+        on_hub = path == WIKITEXT
+        self.path, self.text_column, self.rows = path, text_column, rows
+        self.name = WIKITEXT_NAME if name is None and on_hub else name
+        self.revision = WIKITEXT_REVISION if revision is None and on_hub else revision
 
     @cached_property
     def _folder(self) -> Path | None:
@@ -165,108 +191,132 @@ class HubText(TextSource):
             if self.path.startswith((".", "/", "~")):
                 raise InputError(f"data.source.path: no folder {self.path!r}")
             return None
-        named = folder / self.name if self.name else folder
+        named = folder / (self.name or WIKITEXT_NAME)
         return named if named.is_dir() else folder
 
+    @property
+    def _where(self) -> str:
+        if self._folder is not None:
+            return str(self._folder)
+        return f"{self.path} ({self.name})" if self.name else self.path
+
+    @property
+    def _rows_are_lines(self) -> bool:
+        if self.rows is not None:
+            return self.rows == "lines"
+        return self.path == WIKITEXT or (
+            self._folder is not None and self._folder.name.startswith("wikitext-")
+        )
+
     def fingerprint(self, split: str) -> str:
+        rows = "" if self._rows_are_lines else ":documents"
         if self._folder is None:
-            return f"hub:{self.path}/{self.name}@{self.revision}:{self.text_column}"
+            return f"hub:{self.path}/{self.name}@{self.revision}:{self.text_column}{rows}"
         files = sorted(self._folder.rglob("*.parquet"))
         if not files:
             raise InputError(f"data.source.path: no parquet files in {str(self._folder)!r}")
-        return f"parquet:{self.text_column}:" + ";".join(map(_stamp, files))
-
-    def _rows(self, split: str) -> Any:
-        """The data set of one split, downloaded and prepared by `datasets` (imported only here)."""
-        if split in self._loaded:
-            return self._loaded[split]
-        import datasets
-
-        where = str(self._folder) if self._folder else f"{self.path} ({self.name})"
-        try:
-            if self._folder is None:
-                rows = datasets.load_dataset(
-                    self.path, self.name, split=split, revision=self.revision
-                )
-            else:
-                rows = datasets.load_dataset(str(self._folder), split=split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(
-                f"data.source: cannot load split {split!r} of {where}: {reason}; check the name "
-                "and the network, or use text files (class_path: hlbgpt.data.TextFiles)"
-            ) from error
-        if self.text_column not in rows.column_names:
-            raise InputError(
-                f"data.source.text_column: {where} has no column {self.text_column!r}, only "
-                + ", ".join(rows.column_names)
-            )
-        self._loaded[split] = rows.select_columns([self.text_column])
-        return self._loaded[split]
-
-    def size(self, split: str) -> int:
-        return int(self._rows(split).data.nbytes)
-
-    def chunks(self, split: str) -> Iterator[str]:
-        for rows in self._rows(split).iter(batch_size=1000):
-            yield "".join(row or " \n" for row in rows[self.text_column])
-
-
-class EmbeddedText(TextSource):
-    """The documentation that every Python installation carries: about 2 MB, nothing to download.
-
-    The language reference in `pydoc_data` and the docstrings of the standard library, which are
-    parsed from the source files; no module of it is imported. A twentieth of the documents, drawn
-    by name, is the validation split, another twentieth the test split. The text differs a little
-    from one Python version to the next, so losses on it compare only within a version.
-    """
-
-    _SKIPPED = frozenset(
-        {"__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data"}
-        | {"site-packages", "test", "tests", "turtledemo"}
-    )
-
-    def fingerprint(self, split: str) -> str:
-        return f"embedded:1:{platform.python_implementation()}:{platform.python_version()}"
-
-    def size(self, split: str) -> int:
-        return sum(len(text.encode()) for text in self._documents[split])
-
-    def chunks(self, split: str) -> Iterator[str]:
-        yield from self._documents[split]
+        return f"parquet:{self.text_column}{rows}:{stamps(files)}"
 
     @cached_property
-    def _documents(self) -> dict[str, list[str]]:
-        documents: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for name, text in self._named_documents():
-            # By name, so that a document stays in its split when others come or go.
-            drawn = zlib.crc32(name.encode()) % 20
-            split = {0: "validation", 1: "test"}.get(drawn, "train")
-            documents[split].append(f"= {name} =\n\n{text.strip()}\n\n")
-        return documents
+    def _splits(self) -> dict[str, Any]:
+        """All splits, downloaded and prepared by `datasets` (imported only here)."""
+        import datasets
 
-    def _named_documents(self) -> Iterator[tuple[str, str]]:
-        from pydoc_data.topics import topics
+        try:
+            if self._folder is None:
+                found = datasets.load_dataset(self.path, self.name, revision=self.revision)
+            else:
+                found = datasets.load_dataset(str(self._folder))
+        # A RuntimeError refuses a data set that comes with a script.
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split()) or repr(error)
+            raise InputError(
+                f"data.source: cannot load {self._where}: {reason:.400}; check path, name and the "
+                "network, or use text files (class_path: hlbgpt.data.TextFiles)"
+            ) from error
+        return {_SPLIT_NAMES.get(name, name): self._with_text(rows) for name, rows in found.items()}
 
-        yield from sorted(topics.items())
-        root = Path(sysconfig.get_path("stdlib"))
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if not self._SKIPPED.intersection(relative.parts):
-                name = ".".join(relative.with_suffix("").parts)
-                if text := "\n\n".join(_docstrings(path)):
-                    yield name, text
+    def _with_text(self, rows: Any) -> Any:
+        """`rows` with the text column alone."""
+        column = rows.features.get(self.text_column)
+        if column is None:
+            raise InputError(
+                f"data.source.text_column: {self._where} has no column {self.text_column!r}, only "
+                + ", ".join(rows.column_names)
+            )
+        if (kind := getattr(column, "dtype", column)) not in ("string", "large_string"):
+            raise InputError(
+                f"data.source.text_column: {self.text_column!r} of {self._where} holds {kind}, no "
+                f"text; the columns are {', '.join(rows.column_names)}"
+            )
+        return rows.select_columns([self.text_column])
+
+    def _rows(self, split: str) -> Any:
+        if split not in self._splits:
+            raise InputError(
+                f"data.source.path: {self._where} has no {split} split, only "
+                f"{', '.join(self._splits)}; use another, or text files (class_path: "
+                "hlbgpt.data.TextFiles)"
+            )
+        return self._splits[split]
+
+    @cached_property
+    def _drawn(self) -> dict[str, list[int]]:
+        """Numbers of the train rows that are taken for each split there is not."""
+        missing = [split for split in SPLITS[1:] if split not in self._splits]
+        if self._rows_are_lines or not missing:
+            return {}
+        total = len(self._rows("train"))
+        drawn = draw_rows(total)
+        for split in missing:
+            print(
+                f"{self._where} has no {split} split: {len(drawn[split])} of its {total} train "
+                "rows, drawn by their number, are taken for it"
+            )
+        return {split: drawn[split] for split in missing}
+
+    def size(self, split: str) -> int:
+        if split not in self._drawn:
+            return int(self._rows(split).data.nbytes)
+        train = self._rows("train")
+        return int(train.data.nbytes * len(self._drawn[split]) / len(train))
+
+    def chunks(self, split: str) -> Iterator[str]:
+        """The rows that are drawn come in order; the train split goes without them."""
+        if split in self._drawn:
+            rows, left_out = self._rows("train").select(self._drawn[split]), set()
+        else:
+            rows = self._rows(split)
+            left_out = set().union(*self._drawn.values()) if split == "train" else set()
+        at_once = max(1, min(1000, _BLOCK_BYTES * len(rows) // max(1, self.size(split))))
+        for first, batch in zip(itertools.count(0, at_once), rows.iter(batch_size=at_once)):
+            texts = batch[self.text_column]
+            if left_out:
+                texts = [text for i, text in enumerate(texts, first) if i not in left_out]
+            if self._rows_are_lines:
+                yield "".join(text or " \n" for text in texts)
+            else:
+                stripped = (text.strip("\n") for text in texts if text)
+                yield "".join(f"{text}\n\n" for text in stripped if text)
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a Python file in the order of the source, without running it."""
-    owners = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    pending: list[ast.AST] = [ast.parse(path.read_bytes())]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, owners):
-            if doc := ast.get_docstring(node):
-                heading = "" if isinstance(node, ast.Module) else f"{node.name}: "
-                yield heading + inspect.cleandoc(doc)
-            # Definitions stand in bodies, so expressions, most of the tree, need no visit.
-            pending.extend(reversed(node.body))
+def draw_rows(total: int) -> dict[str, list[int]]:
+    """Of `total` rows those for validation and for test: one each of every so many, in order.
+
+    Raises InputError for fewer than 10 rows.
+    """
+    number = min(1000, max(total // 100, min(100, total // 10)))
+    if number == 0:
+        raise InputError(
+            f"data.source.path: {total} train rows are too few to take validation and test rows "
+            "from; use at least 10, or text files (class_path: hlbgpt.data.TextFiles)"
+        )
+    every = total // number
+    drawn: dict[str, list[int]] = {"validation": [], "test": []}
+    for start in range(0, number * every, every):
+        # By a hash, for rows may repeat themselves with a period.
+        one = zlib.crc32(f"validation {start}".encode()) % every
+        other = zlib.crc32(f"test {start}".encode()) % (every - 1)
+        drawn["validation"].append(start + one)
+        drawn["test"].append(start + other + (other >= one))
+    return drawn

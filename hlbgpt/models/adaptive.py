@@ -72,14 +72,15 @@ class AdaptiveHead(nn.Module):
 
     def use_token_counts(self, counts: Tensor) -> None:
         """Rank the tokens by `counts` (at most V,); to be called before the first step."""
-        known = counts.new_zeros(self.vocab_size, dtype=torch.float64)
-        known[: len(counts)] = counts
+        # On the host, for not every device has double precision.
+        known = torch.zeros(self.vocab_size, dtype=torch.float64, device="cpu")
+        known[: len(counts)] = counts.cpu()
         order = known.argsort(descending=True, stable=True)
-        self.rank[order] = torch.arange(self.vocab_size, device=order.device)
+        self.rank.copy_(order.argsort())
         # A token that never came is taken to have come half a time.
         prior = ((known[order] + 0.5) / (known + 0.5).sum()).log()
         clusters = [prior[low:high].logsumexp(0) for low, high in self._rare()]
-        self.log_prior.copy_(torch.cat([prior, *(cluster[None] for cluster in clusters)]))
+        self.log_prior.copy_(torch.cat([prior, *(cluster[None] for cluster in clusters)]).float())
 
     def expected_shares(self) -> tuple[float, ...]:
         """For each rare cluster the share of a batch's targets that a step computes: `shares`.
