@@ -77,8 +77,9 @@ def fill(figure: Any, groups: Sequence[Group], hlb_gpt: bool) -> None:
         axes.set_title(f"validation loss by {axis}", loc="left")
         axes.set_xlabel(_AXES[axis][0])
         axes.set_xlim(left=0)
-    for target in {run.target for group in groups for run in group.runs} - {None}:
-        draw_target(panels, target)
+    for target in {run.target for group in groups for run in group.runs}:
+        if target is not None:
+            draw_target(panels, target)
     if hlb_gpt:
         draw_published(panels, groups)
     frame_losses(panels, groups)

@@ -1,5 +1,6 @@
 """Every command and example of the README works; CI runs the two that set everything up."""
 
+import json
 import re
 import runpy
 import shlex
@@ -42,7 +43,8 @@ def small(arguments: list[str], sources: list[str]) -> list[str]:
     """The arguments with everything made small that they do not set themselves."""
     if "--ckpt_path" in arguments:
         return [*arguments, "--trainer.max_steps=6"] if arguments[0] == "fit" else arguments
-    extra = sources if "--data.source" not in arguments else sources[-1:]
+    own = "--data.source" in arguments or "own_text.yaml" in arguments
+    extra = sources[-1:] if own else sources
     given = " ".join(arguments)
     dropped = "model.net." if "--model.net " in given else "nothing"
     config = Path(arguments[arguments.index("--config") + 1])
@@ -87,6 +89,10 @@ def test_commands_in_the_order_of_the_readme(
         Path(name).symlink_to(CONFIGS.parent / name)
     for name, split in {"train": "train", "validation": "valid", "test": "test"}.items():
         Path(f"{name}.txt").write_bytes((folder / f"wiki.{split}.raw").read_bytes())
+    Path("my_texts").mkdir()
+    shutil.copy("train.txt", "my_texts")
+    texts = Path("train.txt").read_text().split("\n \n")
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for language, block in BLOCKS:
         if language != "bash":
             name = block.splitlines()[0].removeprefix("# ")
