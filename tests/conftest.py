@@ -8,9 +8,14 @@ from pydoc_data.topics import topics
 
 import pytest
 import tiktoken
+import torch
 from hypothesis import settings
 
 from hlbgpt.cli import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread for each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # Machines are shared: a slow example is no bug.
 settings.register_profile("hlbgpt", deadline=None)
