@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hlbgpt.data.stream import PromptStream
 from hlbgpt.data.tokenizer import load_tokenizer
 from hlbgpt.errors import InputError
 from hlbgpt.generate import Generation, TextWriter, candidates, continue_texts, generate
@@ -363,6 +364,26 @@ def test_nothing_is_read_after_a_stop_string(
     monkeypatch.setattr(speaker, "forward", lambda *a, **k: reads.append(a) or forward(*a, **k))
     texts_of(speaker, ["The "], stop=stop)
     assert 1 < len(reads) < 30
+
+
+@pytest.mark.parametrize(("stream", "streams"), [(None, True), (True, True), (False, False)])
+def test_text_is_streamed_to_a_terminal(
+    stream: bool | None, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert Generation(stream=stream).streams == streams
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert Generation(stream=stream).streams == bool(stream)
+
+
+@given(lengths=st.lists(st.integers(1, 9), max_size=20), batch_size=st.integers(1, 25))
+def test_prompts_come_in_order_in_full_batches(lengths: list[int], batch_size: int) -> None:
+    prompts = [prompt.tolist() for prompt in prompts_of(*lengths)]
+    batches = list(stream := PromptStream(prompts, batch_size))
+    assert len(stream) == len(batches)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+    assert [prompt.tolist() for batch in batches for prompt in batch] == prompts
 
 
 # --- the benchmark --------------------------------------------------------------------------------

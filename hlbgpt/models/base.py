@@ -17,7 +17,8 @@ class Network(nn.Module):
     Attributes:
         vocab_size: Number of logits, at least the number of the tokenizer's tokens.
         max_sequence_length: Longest sequence it can read; None if there is no limit.
-        reads_cache: Whether `forward` takes a cache; without, generated text is slow.
+        reads_cache: Whether `forward` takes a cache; without, generating text is slow. A
+            subclass whose `forward` takes none sets it back to False.
         wants_token_counts: Whether `use_token_counts` is to be called; counting takes time.
     """
 
