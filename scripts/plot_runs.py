@@ -172,9 +172,9 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[list[Any]]:
     """A key that sorts version_10 behind version_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    return [[int(p) if p.isdigit() else p for p in re.split(r"(\d+)", x)] for x in path.parts]
 
 
 # --- reading ----------------------------------------------------------------------------------

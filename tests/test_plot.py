@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import picture
 import plot
 import pytest
 import yaml
@@ -24,6 +25,12 @@ from matplotlib.figure import Figure
 
 STEP_TOKENS = 1000
 SECONDS = dict(zip(CLOCKS, (10.0, 2.0, 3.0, 1.5, 20.0), strict=True))
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time that fine pictures take."""
+    monkeypatch.setattr(picture, "_DOTS_PER_INCH", 30)
 
 
 def write_run(
@@ -295,10 +302,10 @@ def test_what_is_published_is_drawn_where_it_compares(device: str, tmp_path: Pat
 # --- the command ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("out", "left"),
     [
-        ("x.png", ["x.png"]),
         ("x.SVG", ["x.SVG"]),
         ("x", ["x.png", "x.svg"]),
     ],
@@ -317,6 +324,7 @@ def test_files(out: str, left: list[str], tmp_path: Path, capsys) -> None:
     assert said[1].endswith("young: no curve of val_loss by tokens")
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("words", "says"),
     [
