@@ -161,8 +161,8 @@ def draw_published(panels: dict[str, Any], groups: Sequence[Group]) -> None:
         linewidth=1.2,
         marker="x",
         markersize=5,
-        label=f"hlb-gpt {published.CURVE_VERSION}: mean of {published.CURVE_SEEDS} seeds\n"
-        f"({published.CURVE_SOURCE})",
+        label=f"hlb-gpt {published.CURVE_VERSION}, published: mean of "
+        f"{published.CURVE_SEEDS} seeds\n({published.CURVE_SOURCE})",
         gid="published",
     )
     devices = [(run.record or {}).get("device", "") for group in groups for run in group.runs]
@@ -176,7 +176,7 @@ def draw_published(panels: dict[str, Any], groups: Sequence[Group]) -> None:
         linestyle="",
         marker="*",
         markersize=10,
-        label=f"hlb-gpt {version}: about {seconds:.0f} s on one {published.DEVICE}\n"
+        label=f"hlb-gpt {version}, published: about {seconds:.0f} s on one {published.DEVICE}\n"
         f"({published.README})",
         gid="published",
     )
@@ -212,23 +212,11 @@ def draw_time(axes: Any, groups: Sequence[Group]) -> None:
     for row, (group, each) in enumerate(zip(groups, spent, strict=True)):
         name = group.name if each else f"{group.name}: no record"
         axes.text(0, row - 0.26, name, fontsize=_SMALL, va="bottom")
-        left = 0.0
-        for part, seconds in (each or {}).items():
-            shade, hatch = _SPENT[part]
-            axes.barh(
-                row,
-                seconds,
-                left=left,
-                height=0.42,
-                facecolor=shade,
-                hatch=hatch,
-                edgecolor="black",
-                linewidth=0.7,
-                label=part if row == _first(spent, part) else None,
-            )
-            left += seconds
         if each:
-            axes.text(left + 0.01 * widest, row, f" {left:,.0f} s", fontsize=_SMALL, va="center")
+            named = [part for part in each if row == _first(spent, part)]
+            _draw_bar(axes, row, each, named)
+            total = sum(each.values())
+            axes.text(total + 0.01 * widest, row, f" {total:,.0f} s", fontsize=_SMALL, va="center")
     rows = max(3, len(groups))
     axes.set_ylim(rows - 0.4, -0.6 - 0.15 * (rows + 1))  # the legend is on top
     axes.set_xlim(0, 1.14 * widest)
@@ -249,6 +237,25 @@ def draw_time(axes: Any, groups: Sequence[Group]) -> None:
             handletextpad=0.5,
             columnspacing=1.0,
         )
+
+
+def _draw_bar(axes: Any, row: int, spent: dict[str, float], named: Sequence[str]) -> None:
+    """Draw a bar of parts one behind the other; those `named` go into the legend."""
+    left = 0.0
+    for part, seconds in spent.items():
+        shade, hatch = _SPENT[part]
+        axes.barh(
+            row,
+            seconds,
+            left=left,
+            height=0.42,
+            facecolor=shade,
+            hatch=hatch,
+            edgecolor="black",
+            linewidth=0.7,
+            label=part if part in named else None,
+        )
+        left += seconds
 
 
 def _first(spent: Sequence[dict[str, float] | None], part: str) -> int | None:

@@ -12,6 +12,7 @@ import picture
 import plot
 import pytest
 import yaml
+from conftest import CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 from plot_panels import fill, relative, styles
@@ -19,6 +20,7 @@ from plot_runs import CLOCKS, Curve, band, beyond, find, grouped, read_run
 from torch.utils.tensorboard import SummaryWriter
 
 from hlbgpt import published
+from hlbgpt.cli import main as hlbgpt
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
@@ -281,6 +283,16 @@ def test_the_published_curve_meets_the_target_where_its_seeds_did() -> None:
 def test_hlb_gpt_is_drawn_beside_its_like(data, against, drawn, tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, [4], data=data))
     assert plot.draws_published(against, [run]) is drawn
+
+
+@pytest.mark.parametrize(("config", "drawn"), [("speedrun", True), ("baseline", False)])
+def test_shipped_configs_say_how_they_are_measured(config, drawn, tmp_path: Path, capsys) -> None:
+    words = ["fit", "--config", str(CONFIGS / f"{config}.yaml"), "--print_config"]
+    with pytest.raises(SystemExit):
+        hlbgpt(words)
+    settings = yaml.safe_load(capsys.readouterr().out)
+    run = read_run(write_run(tmp_path, [4], **settings))
+    assert plot.draws_published("auto", [run]) is drawn
 
 
 @pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-40GB", "NVIDIA H200", "cpu (2 threads)"])
