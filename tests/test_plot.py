@@ -304,6 +304,8 @@ def test_what_is_published_is_drawn_where_it_compares(device: str, tmp_path: Pat
     assert np.array(x) * 1e6 == pytest.approx(tokens)
     assert np.array(y) == pytest.approx(losses)
     assert y[-1] <= 3.8 < y[-2]
+    for axes in panels.values():  # and can be seen
+        assert all(max(x) <= axes.get_xlim()[1] for x, _ in lines(axes, "published"))
     times = lines(panels["validation loss by seconds"], "published")
     assert times == ([([100], [3.8])] if "A100" in device else [])
     assert lines(panels["validation loss by steps"], "published") == []
