@@ -22,7 +22,7 @@ class Published(NamedTuple):
 TARGET = 3.8
 DEVICE = "A100"
 README = "github.com/tysam-code/hlb-gpt"
-# "Just over" six and three minutes, "about" 100 seconds.
+# The newest last. "Just over" six and three minutes, "about" 100 seconds.
 TIMES = (Published("0.0.0", 360.0), Published("0.1.0", 180.0), Published("0.4.1", 100.0))
 
 CURVE_VERSION, CURVE_SEEDS = "0.4.0", 25

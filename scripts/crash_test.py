@@ -22,7 +22,7 @@ from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from plot_runs import scalars
 
 from hlbgpt.checkpoint_io import load_checkpoint
 from hlbgpt.cli import main as hlbgpt
@@ -108,14 +108,11 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of every curve as TensorBoard shows it, but those that measure time."""
-    found = {}
-    for folder in (run, run / BY_TOKENS):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            if not any(word in tag for word in ("second", "memory", "mfu")):
-                found[tag] = [(point.step, point.value) for point in events.Scalars(tag)]
-    return found
+    return {
+        name: [(point.step, point.value) for point in points]
+        for name, points in [*scalars(run).items(), *scalars(run / BY_TOKENS).items()]
+        if not any(word in name for word in ("second", "memory", "mfu"))
+    }
 
 
 def difference(ours: Any, theirs: Any, where: str = "") -> str | None:

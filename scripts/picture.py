@@ -15,6 +15,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
+    "axes.titlesize": 11,
     "svg.fonttype": "none",
     "svg.hashsalt": "hlbgpt",  # the same file every time
 }

@@ -18,6 +18,7 @@ from picture import ENDINGS, draw
 from plot_panels import fill, inches
 from plot_runs import Group, Run, find, grouped
 
+from hlbgpt.data.text import WIKITEXT, WIKITEXT_NAME
 from hlbgpt.errors import InputError
 
 AUTO, HLB_GPT, NOTHING = AGAINST = ("auto", "hlb-gpt", "nothing")
@@ -47,13 +48,16 @@ def draws_published(against: str, runs: Sequence[Run]) -> bool:
 
 def _is_measured_alike(run: Run) -> bool:
     """Whether `run` says that it is of WikiText-103 in hlb-gpt's tokens and windows."""
-    source = "data.source.init_args."
+    data = {key: run.settings.get(f"data.{key}") for key in ("tokenizer", "eval_sequence_length")}
+    source = {
+        key: run.settings.get(f"data.source.{key}")
+        for key in ("class_path", "init_args.path", "init_args.name")
+    }
     return (
-        run.settings.get("data.tokenizer") == "gpt2"
-        and run.settings.get("data.eval_sequence_length") == 1024
-        and run.settings.get("data.source.class_path") == "hlbgpt.data.HubText"
-        and run.settings.get(f"{source}path") == "Salesforce/wikitext"
-        and run.settings.get(f"{source}name") == "wikitext-103-raw-v1"
+        data == {"tokenizer": "gpt2", "eval_sequence_length": 1024}
+        and source["class_path"] == "hlbgpt.data.HubText"
+        and source["init_args.path"] == WIKITEXT
+        and source["init_args.name"] in (None, WIKITEXT_NAME)  # None is its default
     )
 
 

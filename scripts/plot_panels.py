@@ -76,7 +76,8 @@ def fill(figure: Any, groups: Sequence[Group], hlb_gpt: bool) -> None:
             draw_loss(axes, group, axis, style)
         axes.set_title(f"validation loss by {axis}", loc="left")
         axes.set_xlabel(_AXES[axis][0])
-        axes.set_xlim(left=0)
+        if axis != STEPS:  # on the left
+            axes.set_ylabel("nats per token")
     for target in {run.target for group in groups for run in group.runs}:
         if target is not None:
             draw_target(panels, target)
@@ -86,7 +87,7 @@ def fill(figure: Any, groups: Sequence[Group], hlb_gpt: bool) -> None:
     draw_time(figure.add_subplot(grid[1, 3:]), groups)
     plan = [figure.add_subplot(grid[2, 2 * k : 2 * k + 2]) for k in range(3)]
     draw_plan(plan, groups, looks)
-    legend(figure, groups, looks, by_tokens)
+    legend(figure, groups, looks, list(panels.values()))
 
 
 # --- loss -------------------------------------------------------------------------------------
@@ -160,25 +161,25 @@ def draw_published(panels: dict[str, Any], groups: Sequence[Group]) -> None:
         linewidth=1.2,
         marker="x",
         markersize=5,
-        label=f"hlb-gpt {published.CURVE_VERSION}, published: mean of {published.CURVE_SEEDS} "
-        f"seeds on WikiText-103 ({published.CURVE_SOURCE})",
+        label=f"hlb-gpt {published.CURVE_VERSION}, published: mean of "
+        f"{published.CURVE_SEEDS} seeds\n({published.CURVE_SOURCE})",
         gid="published",
     )
     devices = [(run.record or {}).get("device", "") for group in groups for run in group.runs]
     if not all(published.DEVICE in device for device in devices):
         return
-    for version, seconds in published.TIMES[-1:]:
-        panels[SECONDS].plot(
-            seconds, published.TARGET, marker="x", markersize=7, color="0.5", gid="published"
-        )
-        panels[SECONDS].annotate(
-            f"hlb-gpt {version}, published",
-            (seconds, published.TARGET),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="right",
-            fontsize=_SMALL,
-        )
+    version, seconds = published.TIMES[-1]
+    panels[SECONDS].plot(
+        seconds,
+        published.TARGET,
+        color="0.5",
+        linestyle="",
+        marker="*",
+        markersize=10,
+        label=f"hlb-gpt {version}, published: about {seconds:.0f} s on one {published.DEVICE}\n"
+        f"({published.README})",
+        gid="published",
+    )
 
 
 def frame_losses(panels: dict[str, Any], groups: Sequence[Group]) -> None:
@@ -193,6 +194,8 @@ def frame_losses(panels: dict[str, Any], groups: Sequence[Group]) -> None:
     low, high = min(seen), max(seen)
     pad = 0.05 * (high - low) or 0.05
     panels[TOKENS].set_ylim(low - pad, high + pad)
+    for axes in panels.values():
+        axes.set_xlim(left=0)
 
 
 def _is_target(line: Any) -> bool:
@@ -208,25 +211,14 @@ def draw_time(axes: Any, groups: Sequence[Group]) -> None:
     widest = max((sum(each.values()) for each in spent if each), default=1.0)
     for row, (group, each) in enumerate(zip(groups, spent, strict=True)):
         name = group.name if each else f"{group.name}: no record"
-        axes.text(0, row - 0.3, name, fontsize=_SMALL, va="bottom")
-        left = 0.0
-        for part, seconds in (each or {}).items():
-            shade, hatch = _SPENT[part]
-            axes.barh(
-                row,
-                seconds,
-                left=left,
-                height=0.5,
-                facecolor=shade,
-                hatch=hatch,
-                edgecolor="black",
-                linewidth=0.7,
-                label=part if row == _first(spent, part) else None,
-            )
-            left += seconds
+        axes.text(0, row - 0.26, name, fontsize=_SMALL, va="bottom")
         if each:
-            axes.text(left + 0.01 * widest, row, f" {left:,.0f} s", fontsize=_SMALL, va="center")
-    axes.set_ylim(len(groups) - 0.4, -0.9)
+            named = [part for part in each if row == _first(spent, part)]
+            _draw_bar(axes, row, each, named)
+            total = sum(each.values())
+            axes.text(total + 0.01 * widest, row, f" {total:,.0f} s", fontsize=_SMALL, va="center")
+    rows = max(3, len(groups))
+    axes.set_ylim(rows - 0.4, -0.6 - 0.15 * (rows + 1))  # the legend is on top
     axes.set_xlim(0, 1.14 * widest)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -234,14 +226,36 @@ def draw_time(axes: Any, groups: Sequence[Group]) -> None:
     axes.set_xlabel("seconds in all")
     if any(spent):
         axes.legend(
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
+            loc="upper left",
+            bbox_to_anchor=(0, 1),
+            borderpad=0,
+            borderaxespad=0,
             ncols=len(_SPENT),
             fontsize=_SMALL,
             frameon=False,
             handlelength=1.2,
+            handletextpad=0.5,
             columnspacing=1.0,
         )
+
+
+def _draw_bar(axes: Any, row: int, spent: dict[str, float], named: Sequence[str]) -> None:
+    """Draw a bar of parts one behind the other; those `named` go into the legend."""
+    left = 0.0
+    for part, seconds in spent.items():
+        shade, hatch = _SPENT[part]
+        axes.barh(
+            row,
+            seconds,
+            left=left,
+            height=0.42,
+            facecolor=shade,
+            hatch=hatch,
+            edgecolor="black",
+            linewidth=0.7,
+            label=part if part in named else None,
+        )
+        left += seconds
 
 
 def _first(spent: Sequence[dict[str, float] | None], part: str) -> int | None:
@@ -253,9 +267,13 @@ def _first(spent: Sequence[dict[str, float] | None], part: str) -> int | None:
 
 
 def draw_plan(panels: Sequence[Any], groups: Sequence[Group], looks: Sequence[Style]) -> None:
-    """Draw learning rate, tokens a step and sequence length of every run by tokens."""
-    for group, style in zip(groups, looks, strict=True):
-        line = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.4}
+    """Draw learning rate, tokens a step and sequence length of every run by tokens.
+
+    Each group's lines are thinner than those before, which so are seen where they are the same.
+    """
+    for k, (group, style) in enumerate(zip(groups, looks, strict=True)):
+        width = 1.2 + 1.8 * (1 - (k + 1) / len(groups))
+        line = {"color": style.color, "linestyle": style.dashes, "linewidth": width}
         for run in group.runs:
             for curve in relative(list(run.rates.values())):
                 panels[0].plot(curve.x * 1e-6, curve.y, **line)
@@ -303,7 +321,9 @@ def doubling(axes: Any) -> None:
 # --- legend -----------------------------------------------------------------------------------
 
 
-def legend(figure: Any, groups: Sequence[Group], looks: Sequence[Style], axes: Any) -> None:
+def legend(
+    figure: Any, groups: Sequence[Group], looks: Sequence[Style], panels: Sequence[Any]
+) -> None:
     """Name every line once, above all panels, and say what the band is."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -328,7 +348,8 @@ def legend(figure: Any, groups: Sequence[Group], looks: Sequence[Style], axes: A
         handles.append(
             Patch(facecolor="0.8", label="line: mean of the seeds; band: least to greatest")
         )
-    handles += [line for line in axes.lines if line.get_gid() == "published"]
+    lines = [line for axes in panels for line in axes.lines]
+    handles += [line for line in lines if line.get_gid() == "published"]
     figure.legend(
         handles=handles,
         loc="outside upper left",

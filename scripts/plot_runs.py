@@ -14,15 +14,16 @@ import yaml
 from benchmark_jobs import name_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
+from hlbgpt.curves import BY_TOKENS, tag
+from hlbgpt.curves import TOKENS as TOKENS_SEEN
 from hlbgpt.errors import InputError
 from hlbgpt.folders import CONFIG, RECORD
 from hlbgpt.saved_config import flat_settings
 
 EVENTS = "events.out.tfevents.*"
-BY_TOKENS = "by_tokens"
 LOSSES = ("val_loss", "train_loss")
 TOKENS, STEPS, SECONDS = AXES = ("tokens", "steps", "seconds")
-STEP_TOKENS, SEQUENCE_LENGTH = "schedule/step_tokens", "schedule/sequence_length"
+STEP_TOKENS, SEQUENCE_LENGTH = tag("step_tokens"), tag("sequence_length")
 CLOCKS = tuple(f"{name}_seconds" for name in ("train", "data", "validation", "compile", "wall"))
 # Settings in which two runs may differ and yet be one experiment: its seed, and where things lie.
 _SAME_EXPERIMENT = re.compile(
@@ -172,9 +173,9 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[list[Any]]:
     """A key that sorts version_10 behind version_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    return [[int(p) if p.isdigit() else p for p in re.split(r"(\d+)", x)] for x in path.parts]
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def scalars(folder: Path) -> dict[str, list[ScalarEvent]]:
     """Every curve in `folder` as TensorBoard shows it: what a resumed run went back on is gone."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {name: events.Scalars(name) for name in events.Tags()["scalars"]}
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -198,14 +199,13 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     losses = {}
     for loss in LOSSES:
         there = by_tokens.get(f"loss_{BY_TOKENS}/{loss}", [])
-        losses[loss, STEPS] = _curve([(e.step, e.value) for e in by_step.get(f"loss/{loss}", [])])
+        losses[loss, STEPS] = _curve([(e.step, e.value) for e in by_step.get(tag(loss), [])])
         losses[loss, TOKENS] = _curve([(e.step, e.value) for e in there])
         losses[loss, SECONDS] = _curve([(e.wall_time, e.value) for e in there])
-    tokens = {event.step: event.value for event in by_step.get("progress/tokens_seen", [])}
+    tokens = {event.step: event.value for event in by_step.get(tag(TOKENS_SEEN), [])}
 
-    def by(tag: str) -> Curve:
-        points = [(tokens[e.step], e.value) for e in by_step[tag] if e.step in tokens]
-        return _curve(points)
+    def by(name: str) -> Curve:
+        return _curve([(tokens[e.step], e.value) for e in by_step[name] if e.step in tokens])
 
     place = folder.absolute()
     return Run(
@@ -216,8 +216,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         settings=_settings(folder / CONFIG),
         record=_record(folder / RECORD),
         losses=losses,
-        rates={tag.partition("/")[2]: by(tag) for tag in by_step if tag.startswith("lr/")},
-        shapes={tag: by(tag) for tag in (STEP_TOKENS, SEQUENCE_LENGTH) if tag in by_step},
+        rates={each.partition("/")[2]: by(each) for each in by_step if each.startswith("lr/")},
+        shapes={each: by(each) for each in (STEP_TOKENS, SEQUENCE_LENGTH) if each in by_step},
     )
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import picture
 import plot
 import pytest
 import yaml
+from conftest import CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 from plot_panels import fill, relative, styles
@@ -18,12 +20,19 @@ from plot_runs import CLOCKS, Curve, band, beyond, find, grouped, read_run
 from torch.utils.tensorboard import SummaryWriter
 
 from hlbgpt import published
+from hlbgpt.cli import main as hlbgpt
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 STEP_TOKENS = 1000
 SECONDS = dict(zip(CLOCKS, (10.0, 2.0, 3.0, 1.5, 20.0), strict=True))
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time that fine pictures take."""
+    monkeypatch.setattr(picture, "_DOTS_PER_INCH", 30)
 
 
 def write_run(
@@ -276,6 +285,16 @@ def test_hlb_gpt_is_drawn_beside_its_like(data, against, drawn, tmp_path: Path) 
     assert plot.draws_published(against, [run]) is drawn
 
 
+@pytest.mark.parametrize(("config", "drawn"), [("speedrun", True), ("baseline", False)])
+def test_shipped_configs_say_how_they_are_measured(config, drawn, tmp_path: Path, capsys) -> None:
+    words = ["fit", "--config", str(CONFIGS / f"{config}.yaml"), "--print_config"]
+    with pytest.raises(SystemExit):
+        hlbgpt(words)
+    settings = yaml.safe_load(capsys.readouterr().out)
+    run = read_run(write_run(tmp_path, [4], **settings))
+    assert plot.draws_published("auto", [run]) is drawn
+
+
 @pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-40GB", "NVIDIA H200", "cpu (2 threads)"])
 def test_what_is_published_is_drawn_where_it_compares(device: str, tmp_path: Path) -> None:
     write_run(tmp_path, [4, 3.8], data=ALIKE, record={"device": device})
@@ -285,6 +304,8 @@ def test_what_is_published_is_drawn_where_it_compares(device: str, tmp_path: Pat
     assert np.array(x) * 1e6 == pytest.approx(tokens)
     assert np.array(y) == pytest.approx(losses)
     assert y[-1] <= 3.8 < y[-2]
+    for axes in panels.values():  # and can be seen
+        assert all(max(x) <= axes.get_xlim()[1] for x, _ in lines(axes, "published"))
     times = lines(panels["validation loss by seconds"], "published")
     assert times == ([([100], [3.8])] if "A100" in device else [])
     assert lines(panels["validation loss by steps"], "published") == []
@@ -295,10 +316,10 @@ def test_what_is_published_is_drawn_where_it_compares(device: str, tmp_path: Pat
 # --- the command ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("out", "left"),
     [
-        ("x.png", ["x.png"]),
         ("x.SVG", ["x.SVG"]),
         ("x", ["x.png", "x.svg"]),
     ],
@@ -317,6 +338,7 @@ def test_files(out: str, left: list[str], tmp_path: Path, capsys) -> None:
     assert said[1].endswith("young: no curve of val_loss by tokens")
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("words", "says"),
     [
