@@ -52,7 +52,7 @@ def fit(
     try:
         cli = run(["fit", *words], callbacks)
     except RefusedError as error:
-        raise InputError(str(error.code)) from None
+        raise InputError(error.message) from None
     except MisconfigurationException as error:
         raise InputError(one_line(error)) from error
     folder = run_folder(cli.trainer)

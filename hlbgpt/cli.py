@@ -59,7 +59,15 @@ _COMMANDS = {
 
 
 class RefusedError(SystemExit):
-    """The command line makes no sense; jsonargparse lets this pass where it catches others."""
+    """The command line makes no sense; jsonargparse lets this pass where it catches others.
+
+    Attributes:
+        message: What is wrong with it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
 
 
 class Parser(LightningArgumentParser):
@@ -268,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write(f"hlbgpt: error: {one_line(error)}\n")
         raise SystemExit(1 if isinstance(error, DivergedError) else 2) from None
     except RefusedError as error:
-        sys.stderr.write(f"hlbgpt: error: {error.code}\n")
+        sys.stderr.write(f"hlbgpt: error: {error.message}\n")
         raise SystemExit(2) from None
     except (SystemExit, KeyboardInterrupt) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.checks import require_readable_configs, require_sane
-from hlbgpt.cli import CLI
+from hlbgpt.cli import CLI, RefusedError
 from hlbgpt.errors import InputError
 from hlbgpt.estimates import (
     Activations,
@@ -34,6 +35,12 @@ class Settings(CLI):
     """The command line of `hlbgpt fit`, up to building the network, on `device`."""
 
     device = "meta"  # no memory, no values
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except RefusedError as error:
+            raise InputError(error.message) from None
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""

@@ -15,6 +15,8 @@ IN_CHECKPOINT = "hlbgpt_config"
 # Where the settings come from and start at, rather than settings.
 _NOT_COMPARED = ("config", "ckpt_path", "weights_only")
 _COMPARED = ("seed_everything", "model", "data", "schedule", "time_to_target")
+# Of those, what changes nothing of what is learned.
+_NOT_LEARNED = ("data.cache_dir", "data.eval_batch_size", "data.prompts", "model.generation")
 _TRAINER_COMPARED = (
     "trainer.precision",
     "trainer.max_steps",
@@ -136,6 +138,6 @@ def compared_settings(config: str) -> dict[str, bool | int | float | str]:
     for key, value in flat_settings(yaml.safe_load(config) or {}).items():
         name = key.replace("init_args.", "").replace(".class_path", "")
         wanted = name in _TRAINER_COMPARED or name.split(".")[0] in _COMPARED
-        if wanted and value not in (None, [], {}):
+        if wanted and value not in (None, [], {}) and not name.startswith(_NOT_LEARNED):
             found[name] = value if isinstance(value, (bool, int, float)) else str(value)
     return found

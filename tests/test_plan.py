@@ -87,7 +87,7 @@ def test_every_config_has_a_plan(config: Path, plan) -> None:
             [*SMALL, "--gpu", "H1"],
             "plan.py: error: --gpu: no card 'H1' is known; take one of A100,",
         ),
-        ([*SMALL, "--model.net.widht=3"], "hlbgpt: error: .*'widht' is not accepted"),
+        ([*SMALL, "--model.net.widht=3"], "plan.py: error: .*'widht' is not accepted"),
         ([*SMALL, "--model.net.width=33"], "model.net width: 33 is not divisible"),
         ([*SMALL, "--model.net.max_sequence_length=31"], "sequence_length: 32 is longer"),
         ([*SMALL, "--model.optimizer.momentum=2"], "model.optimizer: .*momentum 2"),

@@ -263,9 +263,10 @@ def _duration(seconds: float) -> str:
 @rank_zero_only
 def _log_figures(trainer: L.Trainer, record: dict[str, Any]) -> None:
     """The figures as scalars, and with the run's settings in the HParams tab."""
+    first = {name: record[name] for name in ("train_seconds", "value", "tokens")}  # to sort by
     figures = {
         f"time_to_target/{name}": float(value)
-        for name, value in record.items()
+        for name, value in {**first, **record}.items()
         if isinstance(value, (bool, int, float)) and name not in ("target", "seed", "devices")
     }
     settings: dict[str, Any] = {name: record[name] for name in ("precision", "device")}
