@@ -30,7 +30,7 @@ _AXES = {
 _COLORS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 1)))
-_MOST_MARKERS = 9  # on a line
+_MOST_MARKERS = 12  # on a line
 # Of what a run spends its time on: brightness and hatch.
 _SPENT = {
     "step": ("0.25", ""),
