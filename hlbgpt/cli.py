@@ -155,6 +155,16 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             require_resumable(self.checkpoint)
 
+    def instantiate_classes(self) -> None:
+        """Build what the config names; jsonargparse wraps what a class has to say against it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            inner: BaseException | None = error
+            while inner is not None and not isinstance(inner, InputError):
+                inner = inner.__cause__ or inner.__context__
+            raise inner or error from None
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what the config leaves open, without writing it into the saved config."""
         settings = self.config_init[self.subcommand].trainer
