@@ -56,6 +56,7 @@ def small(arguments: list[str], sources: list[str]) -> list[str]:
 FEWER = {
     "scripts/crash_test.py": ["--kills", "1", "--steps", "8"],
     "scripts/benchmark.py": ["--seeds", "1"],
+    "scripts/generate_speed.py": ["--tokens", "4", "--repeats", "1"],
 }
 
 
