@@ -148,3 +148,20 @@ def test_metrics_of_ones_own_keep_their_names(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"mine", "a/b", "loss/val_loss"}
     assert not (tmp_path / BY_TOKENS).exists()
+
+
+def test_samples_come_after_each_validation_and_at_the_end(
+    hlbgpt: Callable[..., str], tiny: list[str]
+) -> None:
+    out = hlbgpt("fit", *QUICKSTART, *tiny)
+    events = EventAccumulator(str(RUN)).Reload()
+    validations = [point.step for point in events.Scalars("loss/val_loss")]
+    for prompt in ("Return the", "If the"):
+        shown = events.Tensors(f"samples/{prompt}/text_summary")
+        assert [point.step for point in shown] == validations
+        for point in shown:
+            text = point.tensor_proto.string_val[0].decode()
+            written = "".join(line.removeprefix("    ") for line in text.split("\n"))
+            assert written.startswith(prompt)
+            assert len(prompt) + 8 < len(written) <= len(prompt) + 1 + 32
+    assert out.count("\nReturn the ") == out.count("\nIf the ") == 1

@@ -8,65 +8,64 @@ import torch
 
 from hlbgpt.curves import text_loggers
 from hlbgpt.errors import InputError, require_positive
-from hlbgpt.generate import continue_texts
+from hlbgpt.generate import Generation, continue_texts
 from hlbgpt.module import LanguageModule
 
-_COLUMNS = 100
+_WRAPPER = textwrap.TextWrapper(
+    100, expand_tabs=False, replace_whitespace=False, drop_whitespace=False
+)
 
 
 class Samples(L.Callback):
     """Shows how the network continues prompts, by `model.generation`.
 
-    After each validation the texts go to TensorBoard's tab "Text"; the last ones are printed. The
-    draws have a seed of their own, so a sample changes because the network has, and training
-    does not notice. The time counts as validation.
+    After each validation short texts go to TensorBoard's tab "Text"; after training longer
+    ones are printed. The draws have a seed of their own, so a
+    sample changes because the network has, and training does not notice.
 
     Args:
         prompts: Texts to continue; one, or a list.
-        max_new_tokens: Tokens to add to each; by default as many as `model.generation` says.
+        max_new_tokens: Tokens to add to each after a validation, whose time they count as; at the
+            end of training it is as many as `model.generation` says.
     """
 
-    def __init__(self, prompts: list[str] | str, max_new_tokens: int | None = None) -> None:
-        require_positive("Samples ", max_new_tokens=1 if max_new_tokens is None else max_new_tokens)
+    def __init__(self, prompts: list[str] | str, max_new_tokens: int = 32) -> None:
+        require_positive("Samples ", max_new_tokens=max_new_tokens)
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.max_new_tokens = max_new_tokens
         if not self.prompts or "" in self.prompts:
             raise InputError("Samples prompts: empty, nothing to continue; give some text")
-        self._last: list[str] = []
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
+        loggers = text_loggers(trainer.loggers)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        with trainer.precision_plugin.forward_context():
-            self._last = self._continue(pl_module)
+        how = dataclasses.replace(pl_module.generation, max_new_tokens=self.max_new_tokens)
+        texts = self._continue(trainer, pl_module, how) if loggers else []
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the validation's values
-        for logger in text_loggers(trainer.loggers):
-            for prompt, text in zip(self.prompts, self._last, strict=True):
+        for logger in loggers:
+            for prompt, text in zip(self.prompts, texts, strict=True):
                 logger.experiment.add_text(f"samples/{prompt.strip()}", _as_block(text), step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._last:
-            return
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print what the network writes now; in `on_train_end` the clock may still be running."""
         assert isinstance(pl_module, LanguageModule)
+        if not trainer.is_global_zero:
+            return
+        pl_module.net.eval()
         rule = "-" * 80
-        texts = f"\n{rule}\n".join(self._last)
+        texts = f"\n{rule}\n".join(self._continue(trainer, pl_module, pl_module.generation))
         pl_module.print(f"samples of the trained network:\n{rule}\n{texts}\n{rule}")
 
-    def _continue(self, module: LanguageModule) -> list[str]:
+    def _continue(self, trainer: L.Trainer, module: LanguageModule, how: Generation) -> list[str]:
         data = module.data
         prompts = [torch.tensor(data.encode(text), device=module.device) for text in self.prompts]
-        how = module.generation
-        if self.max_new_tokens is not None:
-            how = dataclasses.replace(how, max_new_tokens=self.max_new_tokens)
-        return continue_texts(module.net, prompts, how, data.encoding)
+        with trainer.precision_plugin.forward_context():
+            return continue_texts(module.net, prompts, how, data.encoding)
 
 
 def _as_block(text: str) -> str:
     """As Markdown that shows it letter by letter, in lines that fit."""
-    wrapped = [
-        part
-        for line in text.splitlines()
-        for part in textwrap.wrap(line, _COLUMNS, drop_whitespace=False) or [""]
-    ]
+    wrapped = [part for line in text.splitlines() for part in _WRAPPER.wrap(line) or [""]]
     return "\n".join(f"    {line}" for line in wrapped)
