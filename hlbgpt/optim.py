@@ -13,8 +13,8 @@ from torch.optim.adamw import adamw
 
 
 def _is_block_matrix(name: str) -> bool:
-    """Tables of values in a block are embeddings."""
-    return name.startswith("blocks.") and not name.endswith("_table.weight")
+    """The pointer's are alike; tables of values in a block are embeddings."""
+    return name.startswith(("blocks.", "pointer.")) and not name.endswith("_table.weight")
 
 
 # Name, settings of its own, and which parameters: the first rule that fits decides.

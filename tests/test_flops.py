@@ -38,8 +38,9 @@ def counted(net: Network) -> float:
         lambda chunk: FastGPT(
             **SIZES, **HEADS, **CLUSTERS, shares=[12 / 48, 4 / 48], loss_chunk=chunk
         ),
+        lambda chunk: FastGPT(**SIZES, **HEADS, pointer_size=8, loss_chunk=chunk),
     ],
-    ids=["GPT", "HLB041", "FastGPT", "adaptive"],
+    ids=["GPT", "HLB041", "FastGPT", "adaptive", "pointing"],
 )
 def test_flops_are_those_that_torch_counts(net, chunk: int) -> None:
     network = net(chunk)

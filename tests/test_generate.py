@@ -28,6 +28,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "hlb041": HLB041,
     "fast": lambda **sizes: FastGPT(num_heads=2, **sizes),
     "fast, tables": lambda **sizes: FastGPT(num_heads=2, **TABLES, **sizes),
+    "fast, pointing": lambda **sizes: FastGPT(num_heads=2, pointer_size=8, **sizes),
     "fast, bare": lambda **sizes: FastGPT(num_heads=2, look_back=False, shortcut=False, **sizes),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)

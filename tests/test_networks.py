@@ -22,6 +22,10 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "fast, tables": lambda: FastGPT(
         **SMALL, num_heads=2, value_embeddings=2, bigram_size=31, look_back=False, shortcut=False
     ),
+    "fast, pointing": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], pointer_size=8),
+    "fast, pointing in chunks": lambda: FastGPT(
+        **SMALL, num_heads=2, cutoffs=[8], pointer_size=8, loss_chunk=7
+    ),
     "fast, room": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], shares=[1.0, 1.0]),
 }
 

@@ -19,7 +19,7 @@ MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
         (GPT(**SMALL, num_heads=2), ["block_matrices", "embeddings", "vectors"]),
         (HLB041(**SMALL), ["slopes", "block_matrices", "head", "embeddings", "vectors"]),
         (
-            FastGPT(**SMALL, num_heads=2, value_embeddings=1, bigram_size=9),
+            FastGPT(**SMALL, num_heads=2, value_embeddings=1, bigram_size=9, pointer_size=4),
             ["block_matrices", "bigrams", "head", "embeddings", "vectors"],
         ),
     ],

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hlbgpt.errors import InputError
-from hlbgpt.models.head import IGNORE, Classes, TokenScores, inspect
+from hlbgpt.models.head import IGNORE, Classes, TokenScores, exponentials_
+from hlbgpt.models.pointer import Pointed
 
 
 class AdaptiveHead(nn.Module):
@@ -112,18 +113,21 @@ class AdaptiveHead(nn.Module):
         chunk = self.chunk and max(1, self.chunk * self.vocab_size // len(weight))
         return Classes(weight, bias, self.softcap, chunk)
 
+    def _all(self) -> Classes:
+        """All clusters at once: `_classes` would copy the weights, which for a token is slow."""
+        return Classes(self.weight, self.log_prior if self.unigram_bias else None, self.softcap)
+
     def _first(self) -> Classes:
         return self._classes(slice(0, self.edges[1]), slice(self.vocab_size, None))
 
-    def log_probabilities(self, x: Tensor) -> Tensor:
-        """(..., V) in the order of the vocabulary, float32, of features `x` (..., D)."""
-        return self._ranked(x)[..., self.rank]
+    def log_probabilities(self, x: Tensor, pointed: Pointed | None = None) -> Tensor:
+        """(B, T, V) in the order of the vocabulary, float32, of features `x` (B, T, D)."""
+        likely = self._ranked(x)[..., self.rank]
+        return likely if pointed is None else pointed.probabilities(likely).log()
 
     def _ranked(self, x: Tensor) -> Tensor:
         """Log-probabilities (..., V) in the order of ranks."""
-        bias, common = self.log_prior if self.unigram_bias else None, self.edges[1]
-        # All clusters at once: `_classes` would copy the weights, which for a token takes longest.
-        logits = Classes(self.weight, bias, self.softcap).logits(x).float()
+        logits, common = self._all().logits(x).float(), self.edges[1]
         first = torch.cat([logits[..., :common], logits[..., self.vocab_size :]], dim=-1)
         first = first.log_softmax(-1)
         parts = [first[..., :common]]
@@ -133,24 +137,43 @@ class AdaptiveHead(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def forward(
-        self, x: Tensor, targets: Tensor, *, per_token: bool = False
+        self,
+        x: Tensor,
+        targets: Tensor,
+        pointed: Pointed | None = None,
+        *,
+        per_token: bool = False,
     ) -> Tensor | TokenScores:
-        """Mean loss of `x` (B, T, D) against `targets` (B, T), or `TokenScores`; as `score`."""
-        flat, labels = x.flatten(0, 1), targets.flatten()
-        counted = labels >= 0
-        ranks = torch.where(counted, self.rank[labels.clamp(min=0)], IGNORE)
+        """Mean loss of `x` (B, T, D) against `targets` (B, T), or `TokenScores`; as `score`.
+
+        With `pointed`, of the mixture of the vocabulary and the tokens pointed at.
+        """
         if per_token:
-            return self._scores(flat, ranks, targets)
+            return self._scores(x, targets, pointed)
+        losses, counted = self.losses(x, targets), targets >= 0
+        if pointed is not None:
+            losses = pointed.losses(losses, targets).where(counted, 0.0)
+        return losses.sum() / counted.sum()
+
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Of each token (B, T) in nats, float32; 0 where the target is -1."""
+        flat, ranks = x.flatten(0, 1), self._ranks(targets)
         choice, cluster = self._choices(ranks)
-        total = self._first().sum_loss(flat, choice)
+        losses = self._first().losses(flat, choice)
         for number, (low, high) in enumerate(self._rare()):
             place = self._places(cluster == number + 1, number)
             # Places past the end are room that is not needed.
             there = place < len(flat)
             place = place.clamp(max=len(flat) - 1)
-            within = torch.where(there, ranks[place] - low, IGNORE)
-            total = total + self._classes(slice(low, high)).sum_loss(flat[place], within)
-        return total / counted.sum()
+            wanted = torch.where(there, ranks[place] - low, IGNORE)
+            within = self._classes(slice(low, high)).losses(flat[place], wanted)
+            losses = losses.index_add(0, place, within)
+        return losses.view_as(targets)
+
+    def _ranks(self, targets: Tensor) -> Tensor:
+        """(N,) of targets (B, T), in which -1 stays."""
+        labels = targets.flatten()
+        return torch.where(labels >= 0, self.rank[labels.clamp(min=0)], IGNORE)
 
     def _choices(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """For `ranks` (N,) the class in the first cluster, and the number of the cluster."""
@@ -167,31 +190,35 @@ class AdaptiveHead(nn.Module):
         places.scatter_(0, slot, torch.arange(len(wanted), device=wanted.device))
         return places[:room]
 
-    def _scores(self, x: Tensor, ranks: Tensor, targets: Tensor) -> TokenScores:
-        """Exact, whatever room training has; rare clusters are read where they matter."""
-        first, common = self._first(), self.edges[1]
-        choice, cluster = self._choices(ranks)
-        looks, rare = [], []
-        size = first.chunk or len(x)
-        for part, wanted in zip(x.split(size), choice.split(size), strict=True):
-            logits = first.logits(part).float()
-            rare.append(logits[:, common:].clone())
-            looks.append(inspect(logits, wanted, classes=common))
-        loss, top, best, total = (torch.cat(values) for values in zip(*looks, strict=True))
-        weight = torch.cat(rare) - total[:, None]  # log-probability of each rare cluster
-        for number, (low, high) in enumerate(self._rare()):
-            classes = self._classes(slice(low, high))
-            # Where the target lies, or the cluster as a whole is likelier than the best so far.
-            if torch.compiler.is_compiling():  # shapes that depend on data would compile anew
-                place = torch.arange(len(x), device=x.device)
-            else:
-                place = ((cluster == number + 1) | (weight[:, number] > top)).nonzero()[:, 0]
-            for part in place.split(classes.chunk or len(x)):
-                wanted = torch.where(cluster[part] == number + 1, ranks[part] - low, IGNORE)
-                look = inspect(classes.logits(x[part]).float(), wanted)
-                loss[part] += look.loss
-                value = look.top + weight[part, number]
-                higher = value > top[part]
-                best[part] = torch.where(higher, look.best + low, best[part])
-                top[part] = torch.where(higher, value, top[part])
-        return TokenScores(loss.view_as(targets), (best == ranks).view_as(targets))
+    def _scores(self, x: Tensor, targets: Tensor, pointed: Pointed | None) -> TokenScores:
+        """Exact, whatever room training has."""
+        size = max(1, self.chunk // len(x)) if self.chunk else x.shape[1]
+        scores = []
+        for start in range(0, x.shape[1], size):
+            rows = slice(start, start + size)
+            there = None if pointed is None else pointed.rows(rows)
+            scores.append(self._scores_at_once(x[:, rows], targets[:, rows], there))
+        return TokenScores(*(torch.cat(values, dim=1) for values in zip(*scores, strict=True)))
+
+    def _scores_at_once(self, x: Tensor, targets: Tensor, pointed: Pointed | None) -> TokenScores:
+        """The logits are written over: first by exponentials, then by probabilities."""
+        ranks = self._ranks(targets).view_as(targets)
+        clusters = list(itertools.pairwise(self.edges))
+        z = self._all().logits(x).float()
+        wanted = z.gather(-1, ranks.clamp(min=0)[..., None])
+        rare = z[..., self.vocab_size :].clone()  # (B, T, K)
+        tops, totals = zip(
+            *(exponentials_(z[..., low:high]) for low, high in clusters), strict=True
+        )
+        total = torch.logaddexp(totals[0], rare.logsumexp(-1, keepdim=True))
+        # What is to be added to a logit of each cluster for its log-probability: (B, T, 1 + K).
+        more = torch.cat([-total, rare - total], -1) - torch.cat([0 * total, *totals[1:]], -1)
+        losses = -(wanted + more.gather(-1, self._choices(ranks)[1][..., None]))[..., 0]
+        share = 0.0 if pointed is None else pointed.share()[..., None]
+        for number, (low, high) in enumerate(clusters):
+            z[..., low:high] *= (tops[number] + more[..., number, None] + share).exp()
+        if pointed is not None:
+            pointed.add_to(z, self.rank)
+            losses = pointed.losses(losses, targets)
+        best = z[..., : self.vocab_size].argmax(-1)
+        return TokenScores(losses.where(targets >= 0, 0.0), best == ranks)

@@ -4,9 +4,10 @@ What sets it apart from the seed's GPT: RMSNorm without weights, normed queries 
 rotary positions of which half the frequencies stand still, ReLU² in the MLP, projections that start
 at zero, a way back to the embedding in every block, attention that reads each token mixed with the
 two before it, capped logits, an untied head in clusters of frequency that starts from how often
-each token comes, and a residual stream in bf16.
+each token comes, a pointer that gives tokens of the window a share of each prediction, and a
+residual stream in bf16.
 Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat; for the head see
-`hlbgpt.models.adaptive`.
+`hlbgpt.models.adaptive`, for the pointer `hlbgpt.models.pointer`.
 
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
@@ -20,6 +21,7 @@ from hlbgpt.models.adaptive import AdaptiveHead
 from hlbgpt.models.base import Network
 from hlbgpt.models.cache import Cache, causal_attention
 from hlbgpt.models.head import TokenScores
+from hlbgpt.models.pointer import Pointer
 
 
 def norm(x: Tensor) -> Tensor:
@@ -45,6 +47,10 @@ class FastGPT(Network):
         value_embeddings: Last blocks that get values straight from the token, from a table each.
         bigram_size: Rows of a table for pairs of tokens, by their hash; 0 for none.
         look_back: Whether attention reads every token mixed with the two before it.
+        pointer_size: Size of the queries and keys by which a share of each prediction goes to the
+            tokens of the window; 0 for none.
+        pointer_repeats: How many tokens before the present one may be found again in the window,
+            each with a bonus for what followed there.
         loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
             not the loss.
     """
@@ -67,6 +73,8 @@ class FastGPT(Network):
         value_embeddings: int = 0,
         bigram_size: int = 0,
         look_back: bool = True,
+        pointer_size: int = 0,
+        pointer_repeats: int = 2,
         loss_chunk: int = 0,
     ) -> None:
         super().__init__()
@@ -98,6 +106,7 @@ class FastGPT(Network):
             )
             for i in range(num_blocks)
         )
+        self.pointer = Pointer(width, pointer_size, pointer_repeats) if pointer_size else None
         self.head = AdaptiveHead(
             width,
             vocab_size,
@@ -115,7 +124,10 @@ class FastGPT(Network):
         """As `Network`, with the head as `AdaptiveHead` counts it."""
         attention = 4 * sequence_length * self.embedding.embedding_dim
         linear = super().flops_per_token(sequence_length)
-        return linear + self.head.flops_per_token() + 3 * len(self.blocks) * attention
+        linear += self.head.flops_per_token()
+        if self.pointer is not None:
+            linear += self.pointer.flops_per_token(sequence_length)
+        return linear + 3 * len(self.blocks) * attention
 
     def forward(
         self,
@@ -137,10 +149,14 @@ class FastGPT(Network):
         start = x  # (B, T, D)
         for block in self.blocks:
             x = block(x, start, tokens, self.rotary, cache)
-        x = norm(x if cache is None else cache.end(x))
+        x = norm(x)
+        pointed = None if self.pointer is None else self.pointer(x, tokens, cache)
+        if cache is not None:
+            x = cache.end(x)
+            pointed = pointed and pointed.last(1)
         if targets is None:
-            return self.head.log_probabilities(x)
-        return self.head(x, targets, per_token=per_token)
+            return self.head.log_probabilities(x, pointed)
+        return self.head(x, targets, pointed, per_token=per_token)
 
 
 class Bigrams(nn.Module):

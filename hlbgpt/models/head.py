@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, N = B x T, D width, V classes.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,9 @@ class Classes(NamedTuple):
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of `x` (..., D), float32 if there is a cap or a bias."""
         logits = F.linear(x, self.weight)
-        if self.softcap:
+        if self.softcap and not torch.is_grad_enabled():  # in place, where their size matters most
+            logits = logits.float().div_(self.softcap).tanh_().mul_(self.softcap)
+        elif self.softcap:
             logits = self.softcap * torch.tanh(logits.float() / self.softcap)
         return logits if self.bias is None else logits.float() + self.bias
 
@@ -67,14 +70,23 @@ class Classes(NamedTuple):
         logits = self.logits(x).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of each of `x` (N, D) against `targets` (N,): (N,) float32."""
+        if self.chunk:
+            bias = self.weight.new_zeros(()) if self.bias is None else self.bias
+            return _TokenLosses.apply(x, self.weight, bias, targets, self.softcap, self.chunk)
+        logits = self.logits(x).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+
     def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and likeliest class of each token: (N,) float32, (N,); no gradient."""
         losses, best = [], []
         size = self.chunk or len(x)
         for part, wanted in zip(x.split(size), targets.split(size), strict=True):
-            look = inspect(self.logits(part).float(), wanted)
-            losses.append(look.loss)
-            best.append(look.best)
+            logits = self.logits(part).float()
+            target = logits.gather(1, wanted.clamp(min=0)[:, None])
+            best.append(logits.argmax(-1))
+            losses.append((exponentials_(logits)[1] - target)[:, 0].where(wanted >= 0, 0.0))
         return torch.cat(losses), torch.cat(best)
 
     def score(self, x: Tensor, targets: Tensor, per_token: bool = False) -> Tensor | TokenScores:
@@ -86,32 +98,13 @@ class Classes(NamedTuple):
         return TokenScores(loss.view_as(targets), best.view_as(targets) == targets)
 
 
-class Inspection(NamedTuple):
-    """What there is to say of the logits of N tokens; each (N,).
+def exponentials_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Write exp(z - greatest) over `z` (..., V): the greatest, and the log of the sum; (..., 1).
 
-    Attributes:
-        loss: Cross-entropy in nats; 0 where the target is -1.
-        top: Log-probability of the likeliest class.
-        best: The likeliest class.
-        total: Logarithm of the sum of all exponentials.
+    In few passes over the logits, for their size is what takes the time.
     """
-
-    loss: Tensor
-    top: Tensor
-    best: Tensor
-    total: Tensor
-
-
-def inspect(logits: Tensor, targets: Tensor, *, classes: int | None = None) -> Inspection:
-    """Look at `logits` (N, V) float32, which are written over, and targets (N,).
-
-    The likeliest class is looked for among the first `classes`. Few passes over the logits, for
-    their size is what takes the time.
-    """
-    wanted = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    top, best = logits[:, :classes].max(-1)
-    total = top + logits.sub_(top[:, None]).exp_().sum(-1).log()
-    return Inspection(torch.where(targets >= 0, total - wanted, 0.0), top - total, best, total)
+    top = z.amax(-1, keepdim=True)
+    return top, top + z.sub_(top).exp_().sum(-1, keepdim=True).log()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -125,23 +118,14 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
     ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            low_x, low_weight = x.to(dtype), weight.to(dtype)
-            total = x.new_zeros((), dtype=torch.float32)
-            grad_x = torch.empty_like(low_x)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-            z = low_x.new_empty((min(chunk, len(x)), len(weight)), dtype=torch.float32)
-            for start in range(0, len(x), chunk):
-                rows = slice(start, start + chunk)
-                part, logits = low_x[rows], z[: len(low_x[rows])]
-                logits.copy_(part @ low_weight.T)
-                loss, grad = _loss_and_gradient(logits, bias, targets[rows], cap)
-                total += loss
-                grad = grad.to(dtype)
+        low_x, low_weight = _for_products(x), _for_products(weight)
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight, dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, losses, grad in _chunks(low_x, low_weight, bias, targets, cap, chunk):
+                total += losses.sum()
                 torch.mm(grad, low_weight, out=grad_x[rows])
-                grad_weight += grad.T @ part
+                grad_weight += grad.T @ low_x[rows]
         ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
         return total
 
@@ -151,10 +135,57 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_x * scale, grad_weight * scale, None, None, None, None
 
 
-def _loss_and_gradient(
+class _TokenLosses(torch.autograd.Function):
+    """As `_ChunkedLoss`, for each token, so that tokens may count more or less.
+
+    How much is known in the backward pass only: until then the gradient by the logits is kept, in
+    the precision of the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
+    ) -> Tensor:
+        low_x, low_weight = _for_products(x), _for_products(weight)
+        all_losses = x.new_empty(len(x), dtype=torch.float32)
+        grads = low_x.new_empty(len(x), len(weight))
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, losses, grad in _chunks(low_x, low_weight, bias, targets, cap, chunk):
+                all_losses[rows], grads[rows] = losses, grad
+        ctx.save_for_backward(low_x, low_weight, grads)
+        ctx.dtypes = x.dtype, weight.dtype
+        return all_losses
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, grads = ctx.saved_tensors
+        scale = scale[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x, grad_weight = (grads @ weight) * scale, grads.T @ (x * scale).to(x.dtype)
+        return grad_x.to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]), None, None, None, None
+
+
+def _for_products(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
+def _chunks(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each chunk of tokens its rows, losses, and gradient by the logits in x's precision."""
+    z = x.new_empty((min(chunk, len(x)), len(weight)), dtype=torch.float32)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        logits = z[: len(x[rows])].copy_(x[rows] @ weight.T)
+        losses, grad = _losses_and_gradient(logits, bias, targets[rows], cap)
+        yield rows, losses, grad.to(x.dtype)
+
+
+def _losses_and_gradient(
     z: Tensor, bias: Tensor, targets: Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss, and its gradient by the raw logits `z` (N, V), which it is written over."""
+    """Losses (N,), and their gradient by the raw logits `z` (N, V), which it is written over."""
     slope = None
     if cap:
         slope = z.div_(cap).tanh_().square()
@@ -164,7 +195,7 @@ def _loss_and_gradient(
     row, column = torch.arange(len(z), device=z.device), targets.clamp(min=0)
     wanted, top = z[row, column], z.amax(-1, keepdim=True)
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    loss = torch.where(counted, (total.log() + top).squeeze(1) - wanted, 0.0).sum()
+    loss = torch.where(counted, (total.log() + top).squeeze(1) - wanted, 0.0)
     z.div_(total)
     z[row, column] -= 1.0
     z *= counted[:, None]

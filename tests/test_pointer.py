@@ -1,0 +1,99 @@
+"""The pointer: scores by their definition, a mixture that sums to 1, repeats from the start."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlbgpt.models import FastGPT
+from hlbgpt.models.pointer import Pointed, Pointer
+
+V, WIDTH, SIZE = 11, 16, 4
+
+
+def pointer() -> Pointer:
+    torch.manual_seed(0)
+    made = Pointer(WIDTH, SIZE, repeats=2)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return made
+
+
+def scores_of(made: Pointer, x: Tensor, tokens: list[int]) -> list[list[float]]:
+    """Of one sequence, a pair of tokens at a time."""
+    asked, keys = x @ made.query.weight.T, x @ made.key.weight.T
+    rows = []
+    for i in range(len(tokens)):
+        row = []
+        for j in range(i + 1):
+            score = float((asked[i, :SIZE] + made.worth) @ keys[j]) / math.sqrt(SIZE)
+            score -= math.exp(made.fade) * (i - j)
+            agree = 0
+            while agree < 2 and j > agree and tokens[j - 1 - agree] == tokens[i - agree]:
+                score += float(made.bonus[agree])
+                agree += 1
+            row.append(score)
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def test_probabilities_are_those_of_the_definition() -> None:
+    made, x = pointer(), torch.randn(2, 9, WIDTH)
+    tokens = torch.randint(3, (2, 9))  # few kinds, so that much repeats
+    likely = torch.randn(2, 9, V).log_softmax(-1)
+    mixed = made(x, tokens).probabilities(likely)
+    torch.testing.assert_close(mixed.sum(-1), torch.ones(2, 9))
+    for b in range(2):
+        vocabulary = x[b] @ made.query.weight[SIZE] + made.vocabulary
+        for i, row in enumerate(scores_of(made, x[b], tokens[b].tolist())):
+            weights = likely[b, i].exp() * vocabulary[i].exp()
+            for j, score in enumerate(row):
+                weights[tokens[b, j]] += math.exp(score)
+            torch.testing.assert_close(mixed[b, i], weights / weights.sum())
+
+
+def test_losses_are_those_of_the_probabilities() -> None:
+    """Which training never makes."""
+    made, x, tokens = pointer(), torch.randn(2, 9, WIDTH), torch.randint(V, (2, 9))
+    likely, targets = torch.randn(2, 9, V).log_softmax(-1), torch.randint(V, (2, 9))
+    targets[1, 7:] = -1
+    kept, pointed = targets >= 0, made(x, tokens)
+    wanted = targets.clamp(min=0)[..., None]
+    mixed = pointed.probabilities(likely)
+    expected = -mixed.gather(-1, wanted)[..., 0].log()
+    losses = pointed.losses(-likely.gather(-1, wanted)[..., 0], targets)
+    torch.testing.assert_close(losses[kept], expected[kept])
+
+
+def test_gradients_are_finite_where_nothing_is_hit() -> None:
+    scores = torch.randn(1, 3, 3, requires_grad=True)
+    pointed = Pointed(scores, torch.zeros(1, 3), torch.tensor([[1, 2, 3]]))
+    pointed.losses(torch.ones(1, 3), torch.full((1, 3), 9)).sum().backward()
+    assert scores.grad is not None
+    torch.testing.assert_close(
+        scores.grad, F.softmax(torch.cat([scores, torch.zeros(1, 3, 1)], -1), -1)[..., :3].detach()
+    )
+
+
+def test_an_untrained_network_goes_on_as_it_began() -> None:
+    """After `a b c ... a b` it knows `c`: of all tokens read it is the likeliest by far."""
+    torch.manual_seed(0)
+    net = FastGPT(
+        vocab_size=64, max_sequence_length=32, width=32, num_heads=2, num_blocks=2, pointer_size=8
+    )
+    text = [5, 6, 7, 8, 9, 10, 11, 12, 5, 6]
+    likely = net(torch.tensor([text]))[0, -1].exp()
+    assert likely.argmax() == 7
+    assert likely[7] - likely[20] > 20 * (likely[8] - likely[20])  # 20 was never read
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_last_tokens_point_as_they_do_among_all(count: int) -> None:
+    made, x, tokens = pointer(), torch.randn(2, 9, WIDTH), torch.randint(V, (2, 9))
+    likely = torch.randn(2, 9, V).log_softmax(-1)
+    pointed = made(x, tokens)
+    whole, last = pointed.probabilities(likely), pointed.last(count)
+    torch.testing.assert_close(last.probabilities(likely[:, -count:]), whole[:, -count:])
