@@ -29,7 +29,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "fast": lambda **sizes: FastGPT(num_heads=2, **sizes),
     "fast, tables": lambda **sizes: FastGPT(num_heads=2, **TABLES, **sizes),
     "fast, pointing": lambda **sizes: FastGPT(num_heads=2, pointer_size=8, **sizes),
-    "fast, bare": lambda **sizes: FastGPT(num_heads=2, look_back=False, shortcut=False, **sizes),
+    "fast, bare": lambda **sizes: FastGPT(
+        num_heads=2, look_back=False, shortcut=False, pointer_size=8, pointer_repeats=0, **sizes
+    ),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
 ALL = {"temperature": 1.0, "top_k": 0}

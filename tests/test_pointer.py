@@ -32,7 +32,7 @@ def scores_of(made: Pointer, x: Tensor, tokens: list[int]) -> list[list[float]]:
             score -= math.exp(made.fade) * (i - j)
             agree = 0
             while agree < 2 and j > agree and tokens[j - 1 - agree] == tokens[i - agree]:
-                score += float(made.bonus[agree])
+                score += float(made.bonus[agree] + asked[i, SIZE + 1 + agree])
                 agree += 1
             row.append(score)
         rows.append(row)

@@ -64,7 +64,7 @@ class Cache:
     def before(self, key: Hashable, new: Tensor, count: int) -> Tensor:
         """`new` (B, T, ...) after the `count` before, at first zeros: (B, count + T, ...)."""
         seen = torch.cat([self._get(self._tails, key, new, count), new], dim=1)
-        self._tails[key] = seen[:, -count:]
+        self._tails[key] = seen[:, new.shape[1] :]
         return seen
 
     def end(self, x: Tensor) -> Tensor:

@@ -80,19 +80,21 @@ class Pointed(NamedTuple):
 class Pointer(nn.Module):
     """Scores of all tokens read, as candidates for the next one.
 
-    A score is the product of a query, made of what the network knows, and a key, of the token's
-    own features; less what it fades with distance; and more where the tokens before agree, as far
-    as `repeats` looks.
+    A score is the product of a query, made of the features where it is asked, and a key, of those
+    of the token read; less what it fades with distance; and more where the tokens before it are
+    those before the one to come. How much more depends on the features too, for that "the" came
+    before says little.
 
     Args:
         width: D.
         size: d, of queries and keys.
-        repeats: For how many tokens before that agree there is a bonus, each one of its own.
+        repeats: How many tokens before may agree, each with a bonus of its own.
     """
 
     def __init__(self, width: int, size: int, repeats: int = 2) -> None:
         super().__init__()
-        self.query = nn.Linear(width, size + 1, bias=False)  # and the vocabulary's score
+        # A query, the vocabulary's score, and the bonuses.
+        self.query = nn.Linear(width, size + 1 + repeats, bias=False)
         self.key = nn.Linear(width, size, bias=False)
         self.worth = nn.Parameter(torch.zeros(size))  # of a token wherever it is asked for
         self.fade = nn.Parameter(torch.tensor(-math.log(200.0)))  # log of the rate per token
@@ -107,28 +109,33 @@ class Pointer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, cache: Cache | None = None) -> Pointed:
         """Where features `x` (B, T, D) of `tokens` (B, T) point."""
-        asked, key = self.query(x).float(), self.key(x)
-        query = (asked[..., :-1] + self.worth).to(key.dtype)
+        key, room = self.key(x), len(self.bonus)
+        query, vocabulary, bonus = self.query(x).float().split([key.shape[-1], 1, room], dim=-1)
+        query = (query + self.worth).to(key.dtype)
         if cache is None:
             place = torch.arange(tokens.shape[1], device=x.device)
-            distance, before = place - place[:, None], F.pad(tokens, (len(self.bonus), 0), value=-1)
+            distance, before = place - place[:, None], F.pad(tokens, (room, 0), value=-1)
             seen = tokens
         else:
-            distance, before = cache.distance, cache.before((self, "t"), tokens, len(self.bonus))
+            distance, before = cache.distance, cache.before(self, tokens, room)
             key = cache.extend((self, "keys"), key)
             seen = cache.extend((self, "tokens"), tokens)
         scores = (query @ key.mT).float() / key.shape[-1] ** 0.5 + self.fade.exp() * distance
-        scores = scores + self._bonuses(seen, before)
+        scores = scores + self._bonuses(bonus, seen, before)
         scores = scores.where(distance <= 0, _NEVER)
-        return Pointed(scores, asked[..., -1] + self.vocabulary, seen)
+        return Pointed(scores, vocabulary[..., 0] + self.vocabulary, seen)
 
-    def _bonuses(self, seen: Tensor, before: Tensor) -> Tensor | float:
-        """(B, T, L), from tokens `seen` (B, L), and those asking with some `before` them."""
-        total, agree, room = 0.0, None, len(self.bonus)
+    def _bonuses(self, more: Tensor, seen: Tensor, before: Tensor) -> Tensor | float:
+        """(B, T, L), from tokens `seen` (B, L), and those asking with some `before` them.
+
+        `more` (B, T, R) is what features add to the R bonuses.
+        """
+        total, agree = 0.0, None
         for back, bonus in enumerate(self.bonus):
             left = F.pad(seen, (back + 1, 0), value=-1)[:, : seen.shape[1]]  # (B, L)
-            asking = before[:, room - back : before.shape[1] - back]  # (B, T)
+            end = before.shape[1] - back
+            asking = before[:, end - more.shape[1] : end]  # (B, T)
             same = left[:, None] == asking[..., None]
             agree = same if agree is None else agree & same
-            total = total + bonus * agree
+            total = total + (bonus + more[..., back, None]) * agree
         return total
