@@ -41,9 +41,10 @@ class StepLog:
         before, self._before = self._before, {}
         values = {}
         for group in optimizer.param_groups:
-            if (was := before.get(group.get("name", "all"))) is not None:
+            name = group.get("name", "all")
+            if (was := before.get(name)) is not None:
                 torch._foreach_sub_(was, [param.detach() for param in group["params"]])
-                values[f"update_norm/{group.get('name', 'all')}"] = get_total_norm(was)
+                values[f"update_norm/{name}"] = get_total_norm(was)
         return values
 
 

@@ -76,8 +76,7 @@ class Console(ProgressBar):
             due = time.monotonic() >= self._next_line and not pl_module.steps.validation_due
             if self._bar is None and due:
                 self._next_line = time.monotonic() + self.every_seconds
-                print(f"step {trainer.global_step:>6}  {self._state(trainer, pl_module)}")
-                sys.stdout.flush()
+                self.print(f"step {trainer.global_step:>6}  {self._state(trainer, pl_module)}")
         if self._bar is not None:
             state = self._state(trainer, pl_module)
             self._bar.update(

@@ -19,9 +19,9 @@ _WRAPPER = textwrap.TextWrapper(
 class Samples(L.Callback):
     """Shows how the network continues prompts, by `model.generation`.
 
-    After each validation short texts go to TensorBoard's tab "Text"; after training longer
-    ones are printed. The draws have a seed of their own, so a
-    sample changes because the network has, and training does not notice.
+    After each validation short texts go to TensorBoard's tab "Text"; after training longer ones are
+    printed. The draws have a seed of their own, so a sample changes because the network has, and
+    training does not notice.
 
     Args:
         prompts: Texts to continue; one, or a list.
@@ -38,11 +38,12 @@ class Samples(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
-        loggers = text_loggers(trainer.loggers)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
+        if not (loggers := text_loggers(trainer.loggers)):
+            return
         how = dataclasses.replace(pl_module.generation, max_new_tokens=self.max_new_tokens)
-        texts = self._continue(trainer, pl_module, how) if loggers else []
+        texts = self._continue(trainer, pl_module, how)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the validation's values
         for logger in loggers:
             for prompt, text in zip(self.prompts, texts, strict=True):

@@ -197,7 +197,8 @@ class AdaptiveHead(nn.Module):
         for start in range(0, x.shape[1], size):
             rows = slice(start, start + size)
             there = None if pointed is None else pointed.rows(rows)
-            scores.append(self._scores_at_once(x[:, rows], targets[:, rows], there))
+            part = x[:, rows].contiguous()  # or a product copies the weights
+            scores.append(self._scores_at_once(part, targets[:, rows], there))
         return TokenScores(*(torch.cat(values, dim=1) for values in zip(*scores, strict=True)))
 
     def _scores_at_once(self, x: Tensor, targets: Tensor, pointed: Pointed | None) -> TokenScores:
@@ -220,5 +221,9 @@ class AdaptiveHead(nn.Module):
         if pointed is not None:
             pointed.add_to(z, self.rank)
             losses = pointed.losses(losses, targets)
-        best = z[..., : self.vocab_size].argmax(-1)
-        return TokenScores(losses.where(targets >= 0, 0.0), best == ranks)
+        # Not by `argmax`, which on a CPU takes as long as the products.
+        hit = z.gather(-1, ranks.clamp(min=0)[..., None]) == z[..., : self.vocab_size].amax(
+            -1, True
+        )
+        counted = targets >= 0
+        return TokenScores(losses.where(counted, 0.0), hit[..., 0] & counted)
