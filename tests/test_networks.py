@@ -245,6 +245,8 @@ def test_room_for_fewer_leaves_out_the_last_of_a_cluster() -> None:
         (lambda: FastGPT(cutoffs=[9, 5]), r"cutoffs: \[9, 5\] do not rise"),
         (lambda: FastGPT(cutoffs=[60000]), r"cutoffs: \[60000\] do not rise"),
         (lambda: FastGPT(cutoffs=[9], shares=[0.5, 0.5]), "shares: 2 given for 1 cutoffs"),
+        (lambda: FastGPT(pointer_size=-1), "pointer_size: -1 is less than 1"),
+        (lambda: FastGPT(pointer_size=8, pointer_repeats=-1), "pointer_repeats: -1 is negative"),
         (lambda: FastGPT(cutoffs=[9], shares=[0.0]), r"shares: \[0.0\] are not all above 0"),
     ],
 )

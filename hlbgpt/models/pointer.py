@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.cache import Cache
 
 _NEVER = -1e4  # score of no probability; an infinity would turn gradients into NaN
@@ -89,10 +90,18 @@ class Pointer(nn.Module):
         width: D.
         size: d, of queries and keys.
         repeats: How many tokens before may agree, each with a bonus of its own.
+
+    Raises:
+        InputError: a size below 1, or fewer than no repeats.
     """
 
     def __init__(self, width: int, size: int, repeats: int = 2) -> None:
         super().__init__()
+        require_positive("model.net ", pointer_size=size)
+        if repeats < 0:
+            raise InputError(
+                f"model.net pointer_repeats: {repeats} is negative; set it to 0 or more"
+            )
         # A query, the vocabulary's score, and the bonuses.
         self.query = nn.Linear(width, size + 1 + repeats, bias=False)
         self.key = nn.Linear(width, size, bias=False)
