@@ -31,7 +31,8 @@ class AdaptiveHead(nn.Module):
             where shapes may change. Targets beyond are left out of the loss of their cluster, not
             of the choice of clusters.
         softcap: Logits are kept within ± this; 0 for no cap.
-        chunk: Tokens whose logits, if over the whole vocabulary, exist at a time; 0 for all.
+        chunk: Tokens whose logits, if over the whole vocabulary, exist in full precision at a
+            time; 0 for all.
         unigram_bias: Whether logits start from the logarithm of how often each token comes.
     """
 

@@ -51,8 +51,8 @@ class FastGPT(Network):
             tokens of the window; 0 for none.
         pointer_repeats: How many tokens before the present one may be found again in the window,
             each with a bonus for what followed there.
-        loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
-            not the loss.
+        loss_chunk: Tokens whose logits exist in full precision at a time; 0 for all. It changes
+            memory and speed, not the loss.
     """
 
     reads_cache = True

@@ -64,19 +64,20 @@ class Classes(NamedTuple):
 
     def sum_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of `x` (N, D) against `targets` (N,), summed; float32."""
-        if self.chunk:
-            bias = self.weight.new_zeros(()) if self.bias is None else self.bias
-            return _ChunkedLoss.apply(x, self.weight, bias, targets, self.softcap, self.chunk)
-        logits = self.logits(x).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        return (
+            self._chunked(_ChunkedLoss, x, targets) if self.chunk else self.losses(x, targets).sum()
+        )
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of each of `x` (N, D) against `targets` (N,): (N,) float32."""
         if self.chunk:
-            bias = self.weight.new_zeros(()) if self.bias is None else self.bias
-            return _TokenLosses.apply(x, self.weight, bias, targets, self.softcap, self.chunk)
+            return self._chunked(_TokenLosses, x, targets)
         logits = self.logits(x).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+
+    def _chunked(self, kind: type[torch.autograd.Function], x: Tensor, targets: Tensor) -> Tensor:
+        bias = self.weight.new_zeros(()) if self.bias is None else self.bias
+        return kind.apply(x, self.weight, bias, targets, self.softcap, self.chunk)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and likeliest class of each token: (N,) float32, (N,); no gradient."""
