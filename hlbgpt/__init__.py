@@ -9,11 +9,11 @@ __all__ = ["TrainedModel", "fit"]
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: the command line wants to be quick to start."""
     if name == "fit":
-        from hlbgpt.api import fit
+        from hlbgpt.cli.api import fit
 
         return fit
     if name == "TrainedModel":
-        from hlbgpt.trained import TrainedModel
+        from hlbgpt.generation.pretrained import TrainedModel
 
         return TrainedModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

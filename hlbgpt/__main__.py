@@ -1,5 +1,5 @@
 """``python -m hlbgpt``: the same as the console command ``hlbgpt``."""
 
-from hlbgpt.cli import main
+from hlbgpt.cli.main import main
 
 main()

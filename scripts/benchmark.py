@@ -26,11 +26,11 @@ import yaml
 from benchmark_jobs import Job, jobs, parse, require_same_as_before
 from benchmark_results import Run, markdown, results, write
 
-from hlbgpt.checkpoint_io import load_checkpoint
-from hlbgpt.errors import InputError
-from hlbgpt.folders import CONFIG, RECORD, last_checkpoint
-from hlbgpt.locks import locked
-from hlbgpt.resume import KEY
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.folder import CONFIG, RECORD, last_checkpoint
+from hlbgpt.training.resume import KEY
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import locked
 
 ERROR_LINE = re.compile(r"hlbgpt: error|[\w.]*(Error|Exception)\b")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hlbgpt.checks import require_readable_configs
-from hlbgpt.errors import InputError
-from hlbgpt.folders import RECORD, last_checkpoint
+from hlbgpt.cli.checks import require_readable_configs
+from hlbgpt.runs.folder import RECORD, last_checkpoint
+from hlbgpt.utils.errors import InputError
 
 AS_IS = "as is"
 NOTE = "made_from.json"
@@ -36,7 +36,7 @@ class Job:
         """The arguments that send the run to its folder."""
         return [
             f"--trainer.default_root_dir={self.folder}",
-            "--trainer.logger=hlbgpt.curves.CurveLogger",
+            "--trainer.logger=hlbgpt.runs.logger.CurveLogger",
             f"--trainer.logger.save_dir={self.folder}",
             "--trainer.logger.name=",
             f"--trainer.logger.version={self.run_folder.name}",

@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 import torch
 from plot_runs import scalars
 
-from hlbgpt.checkpoint_io import load_checkpoint
-from hlbgpt.cli import main as hlbgpt
-from hlbgpt.curves import BY_TOKENS
+from hlbgpt.cli.main import main as hlbgpt
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.logger import BY_TOKENS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart/version_0")

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hlbgpt.checks import require_readable_configs
-from hlbgpt.errors import InputError, require_positive
-from hlbgpt.generate import Generation, generate
+from hlbgpt.cli.checks import require_readable_configs
+from hlbgpt.generation.sampling import Generation, generate
 from hlbgpt.models import Network
-from hlbgpt.planning import Settings
+from hlbgpt.planning.plan import Settings
+from hlbgpt.utils.errors import InputError, require_positive
 
 
 class OnCPU(Settings):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 ENDINGS = (".png", ".svg")
 # For pictures 7 to 9 inches wide, so that text stays legible at the width of a README, some 800

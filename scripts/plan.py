@@ -12,11 +12,11 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hlbgpt.errors import InputError
-from hlbgpt.estimates import EFFICIENCY
 from hlbgpt.optim import parameter_groups
-from hlbgpt.peaks import CARDS, Card, card_named, known_cards
-from hlbgpt.planning import Plan, planned
+from hlbgpt.planning.estimates import EFFICIENCY
+from hlbgpt.planning.plan import Plan, planned
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.hardware import CARDS, Card, card_named, known_cards
 
 
 def report(plan: Plan, card: Card | None) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from picture import draw as draw_picture
 
-from hlbgpt.errors import InputError
-from hlbgpt.schedules import Step
+from hlbgpt.optim.schedules import Step
+from hlbgpt.utils.errors import InputError
 
 
 def draw(steps: Sequence[Step], devices: int, name: str, path: Path) -> None:

@@ -18,8 +18,8 @@ from picture import ENDINGS, draw
 from plot_panels import fill, inches
 from plot_runs import Group, Run, find, grouped
 
-from hlbgpt.data.text import WIKITEXT, WIKITEXT_NAME
-from hlbgpt.errors import InputError
+from hlbgpt.data.sources import WIKITEXT, WIKITEXT_NAME
+from hlbgpt.utils.errors import InputError
 
 AUTO, HLB_GPT, NOTHING = AGAINST = ("auto", "hlb-gpt", "nothing")
 

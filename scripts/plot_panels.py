@@ -5,6 +5,7 @@ from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import published
 from plot_runs import (
     SECONDS,
     SEQUENCE_LENGTH,
@@ -17,8 +18,6 @@ from plot_runs import (
     band,
     beyond,
 )
-
-from hlbgpt import published
 
 # Of each axis its label, and in how many of its units one of ours is.
 _AXES = {

@@ -14,11 +14,11 @@ import yaml
 from benchmark_jobs import name_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
-from hlbgpt.curves import BY_TOKENS, tag
-from hlbgpt.curves import TOKENS as TOKENS_SEEN
-from hlbgpt.errors import InputError
-from hlbgpt.folders import CONFIG, RECORD
-from hlbgpt.saved_config import flat_settings
+from hlbgpt.runs.config import flat_settings
+from hlbgpt.runs.folder import CONFIG, RECORD
+from hlbgpt.runs.logger import BY_TOKENS, tag
+from hlbgpt.runs.logger import TOKENS as TOKENS_SEEN
+from hlbgpt.utils.errors import InputError
 
 EVENTS = "events.out.tfevents.*"
 LOSSES = ("val_loss", "train_loss")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from hlbgpt.data import TextFiles
-from hlbgpt.data.tokenfile import prepare_token_file
+from hlbgpt.data.token_file import prepare_token_file
 from hlbgpt.data.tokenizer import load_tokenizer
-from hlbgpt.machine import peak_memory
+from hlbgpt.utils.machine import peak_memory
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import tiktoken
 import torch
 from hypothesis import settings
 
-from hlbgpt.cli import main
+from hlbgpt.cli.main import main
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread for each
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -13,7 +13,7 @@ from hlbgpt.callbacks import (
     TokenSchedule,
 )
 from hlbgpt.optim import MuonAdamW
-from hlbgpt.schedules import PowerLaw, Row
+from hlbgpt.optim.schedules import PowerLaw, Row
 
 MAX_STEPS = 14
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import LAST, QUICKSTART, TABLE
 
-from hlbgpt.cli import main
+from hlbgpt.cli.main import main
 from hlbgpt.data import TextFiles
-from hlbgpt.data.tokenfile import TokenFile, prepare_token_file
+from hlbgpt.data.token_file import TokenFile, prepare_token_file
 from hlbgpt.data.tokenizer import load_tokenizer
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from test_module import make, trainer
 
 from hlbgpt.callbacks import BatchGrowth, LastCheckpoint, LossScaledWeightDecay, TimeToTarget
-from hlbgpt.clock import Stopwatch, process_seconds
-from hlbgpt.data.stream import TokenStream
-from hlbgpt.errors import InputError
-from hlbgpt.machine import git_revision
+from hlbgpt.data.loaders import TokenStream
+from hlbgpt.utils.clock import Stopwatch, process_seconds
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.machine import git_revision
 
 
 def fit(

@@ -15,9 +15,9 @@ from test_bad_input import error_of
 from test_interrupt import LONGER, signalled, stop_code
 from test_resume import assert_same
 
-import hlbgpt.checkpoint_io as checkpoint_io
-from hlbgpt.checkpoint_io import load_checkpoint
-from hlbgpt.errors import InputError
+import hlbgpt.runs.checkpoint as checkpoint_io
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.utils.errors import InputError
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
@@ -30,7 +30,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-        "from hlbgpt.cli import main; main()"
+        "from hlbgpt.cli.main import main; main()"
     )
     command = [sys.executable, "-c", code, "fit", "--ckpt_path", str(LAST)]
     done = subprocess.run(command, capture_output=True, text=True)

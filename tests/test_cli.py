@@ -64,7 +64,7 @@ def test_checkpoints_can_be_switched_off(hlbgpt, tiny: list[str]) -> None:
 def test_training_from_a_token_file_does_not_import_datasets(tiny, tmp_path: Path) -> None:
     for unwanted in ({"datasets"}, {"datasets", "pyarrow"}):  # the first run tokenizes
         code = (
-            "import sys; from hlbgpt.cli import main; main(); "
+            "import sys; from hlbgpt.cli.main import main; main(); "
             f"assert not {unwanted} & set(sys.modules)"
         )
         command = [sys.executable, "-c", code, "fit", *QUICKSTART, *tiny]

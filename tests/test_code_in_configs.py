@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_readme import README
 
-from hlbgpt import cli
+from hlbgpt.cli.main import main as cli
 
 
 class ParserOnly(cli.CLI):

@@ -17,7 +17,7 @@ from test_callbacks import fit, read_record
 
 import hlbgpt.callbacks.console as console
 from hlbgpt.callbacks import Console, TimeToTarget
-from hlbgpt.forecast import seconds_to_target
+from hlbgpt.callbacks.eta import seconds_to_target
 
 
 @given(

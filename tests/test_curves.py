@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import nn
 
-from hlbgpt.curves import BY_TOKENS, CurveLogger
 from hlbgpt.optim import MuonAdamW, parameter_groups
-from hlbgpt.saved_config import compared_settings
-from hlbgpt.step_log import StepLog
+from hlbgpt.runs.config import compared_settings
+from hlbgpt.runs.logger import BY_TOKENS, CurveLogger
+from hlbgpt.training.metrics import StepLog
 
 VALIDATE = "--trainer.val_check_interval=6"  # micro-batches
 

@@ -11,8 +11,8 @@ from test_callbacks import fit
 
 from hlbgpt.callbacks import BatchGrowth, LastCheckpoint, LossScaledWeightDecay, TimeToTarget
 from hlbgpt.callbacks.divergence import StopOnDivergence
-from hlbgpt.checkpoint_io import load_checkpoint
-from hlbgpt.errors import DivergedError
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.utils.errors import DivergedError
 
 
 class Poison(L.Callback):

@@ -12,7 +12,7 @@ from crash_test import curves
 from test_interrupt import LONGER, SIGNAL
 from test_resume import assert_same
 
-from hlbgpt.checkpoint_io import load_checkpoint
+from hlbgpt.runs.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hlbgpt.data.stream import PromptStream
+from hlbgpt.data.loaders import PromptStream
 from hlbgpt.data.tokenizer import load_tokenizer
-from hlbgpt.errors import InputError
-from hlbgpt.generate import Generation, TextWriter, candidates, continue_texts, generate
+from hlbgpt.generation.sampling import Generation, TextWriter, candidates, continue_texts, generate
 from hlbgpt.models import GPT, HLB041, Cache, FastGPT, Network
+from hlbgpt.utils.errors import InputError
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "width": 16, "num_blocks": 2}
 TABLES: dict[str, Any] = {"value_embeddings": 1, "bigram_size": 31, "cutoffs": [8, 24]}

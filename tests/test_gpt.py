@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError
 from hlbgpt.models import GPT, score
+from hlbgpt.utils.errors import InputError
 
 
 def small() -> GPT:

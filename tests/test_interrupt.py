@@ -14,8 +14,8 @@ from crash_test import curves
 from test_bad_input import error_of
 from test_resume import assert_same
 
-from hlbgpt.checkpoint_io import load_checkpoint
-from hlbgpt.folders import sole_owner
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.folder import sole_owner
 
 # Sends itself a signal, once, in a hook; and keeps its hands off the run else.
 SIGNAL = """

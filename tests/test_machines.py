@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hlbgpt.data import TextFiles, TokenDataModule
-from hlbgpt.estimates import fixed_costs
 from hlbgpt.models import GPT, AdaptiveHead, FastGPT, Network
-from hlbgpt.module import LanguageModule
-from hlbgpt.planning import Settings
-from hlbgpt.saved_config import config_name
-from hlbgpt.schedules import plan_steps
+from hlbgpt.optim.schedules import plan_steps
+from hlbgpt.planning.estimates import fixed_costs
+from hlbgpt.planning.plan import Settings
+from hlbgpt.runs.config import config_name
+from hlbgpt.training.module import LanguageModule
 
 MACHINES = sorted((CONFIGS / "machines").glob("*.yaml"))
 RECIPES = ["baseline", "speedrun"]

@@ -12,8 +12,8 @@ from torch import Tensor
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.data.datamodule import IGNORE
 from hlbgpt.models import GPT
-from hlbgpt.module import LanguageModule
 from hlbgpt.optim import parameter_groups
+from hlbgpt.training.module import LanguageModule
 
 
 class Recorder(L.Callback):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError
 from hlbgpt.models import GPT, HLB041, FastGPT, Network
+from hlbgpt.utils.errors import InputError
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 3}
 NETWORKS: dict[str, Callable[[], Network]] = {

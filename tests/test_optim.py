@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hlbgpt.models import GPT, HLB041, FastGPT, Network
-from hlbgpt.optim import MuonAdamW, orthogonalized, parameter_groups
+from hlbgpt.optim import MuonAdamW, parameter_groups
+from hlbgpt.optim.muon import orthogonalized
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 2}
 MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}

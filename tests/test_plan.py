@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import CONFIGS
 
-from hlbgpt.estimates import (
+from hlbgpt.models import GPT, HLB041, FastGPT
+from hlbgpt.optim import MuonAdamW, parameter_groups
+from hlbgpt.planning.estimates import (
     Activations,
     Cost,
     Fixed,
@@ -18,9 +20,7 @@ from hlbgpt.estimates import (
     fixed_costs,
     micro_batch_cost,
 )
-from hlbgpt.models import GPT, HLB041, FastGPT
-from hlbgpt.optim import MuonAdamW, parameter_groups
-from hlbgpt.peaks import CARDS, card_named
+from hlbgpt.utils.hardware import CARDS, card_named
 
 SIZES = {"vocab_size": 96, "max_sequence_length": 32, "width": 16, "num_blocks": 2}
 TABLE = [

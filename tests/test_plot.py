@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import picture
 import plot
+import published
 import pytest
 import yaml
 from conftest import CONFIGS
@@ -19,8 +20,7 @@ from plot_panels import fill, relative, styles
 from plot_runs import CLOCKS, Curve, band, beyond, find, grouped, read_run
 from torch.utils.tensorboard import SummaryWriter
 
-from hlbgpt import published
-from hlbgpt.cli import main as hlbgpt
+from hlbgpt.cli.main import main as hlbgpt
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure

@@ -17,10 +17,10 @@ import hlbgpt as package
 from hlbgpt import TrainedModel, fit
 from hlbgpt.data import EmbeddedText, TokenDataModule
 from hlbgpt.data.tokenizer import load_tokenizer
-from hlbgpt.errors import DivergedError, InputError
-from hlbgpt.generate import Generation, generate
+from hlbgpt.generation.sampling import Generation, generate
 from hlbgpt.models import GPT
-from hlbgpt.module import LanguageModule
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import DivergedError, InputError
 
 NETS = ["quickstart", "hlb041", "speedrun"]
 

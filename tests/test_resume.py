@@ -16,10 +16,10 @@ from recipes import MAX_STEPS, RECIPES
 from test_module import trainer
 
 from hlbgpt.callbacks import TimeToTarget
-from hlbgpt.curves import BY_TOKENS, CurveLogger
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.models import GPT
-from hlbgpt.module import LanguageModule
+from hlbgpt.runs.logger import BY_TOKENS, CurveLogger
+from hlbgpt.training.module import LanguageModule
 
 
 class Noisy(GPT):

@@ -13,12 +13,12 @@ from test_module import make, trainer
 from torch import nn
 
 from hlbgpt.callbacks import SequenceGrowth, TokenSchedule
-from hlbgpt.errors import InputError
-from hlbgpt.memory import fitting_tokens, windows_that_fit
 from hlbgpt.models import GPT
-from hlbgpt.module import LanguageModule
 from hlbgpt.optim import MuonAdamW
-from hlbgpt.schedules import PowerLaw, Row, plan_steps, shapes, steered_batch
+from hlbgpt.optim.schedules import PowerLaw, Row, plan_steps, shapes, steered_batch
+from hlbgpt.training.memory import fitting_tokens, windows_that_fit
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import InputError
 
 
 @st.composite

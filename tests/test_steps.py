@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlbgpt.steps import StepPlan
+from hlbgpt.training.steps import StepPlan
 
 
 def trainer_like(batches: int, interval: int, max_steps: int, every_pass: bool) -> Any:

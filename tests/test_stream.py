@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hlbgpt.data.stream import PADDING, TokenStream, WindowStream
+from hlbgpt.data.loaders import PADDING, TokenStream, WindowStream
 
 
 def stream(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hlbgpt.data import EmbeddedText
-from hlbgpt.data.text import (
+from hlbgpt.data.sources import (
     SPLITS,
     WIKITEXT_NAME,
     WIKITEXT_REVISION,
@@ -22,8 +22,8 @@ from hlbgpt.data.text import (
     draw_rows,
     stamps,
 )
-from hlbgpt.data.tokenfile import identity
-from hlbgpt.errors import InputError
+from hlbgpt.data.token_file import identity
+from hlbgpt.utils.errors import InputError
 
 
 def write_hub_layout(folder: Path, texts: dict[str, str]) -> Path:
@@ -48,9 +48,9 @@ def joined(source: TextFiles | HubText | EmbeddedText, split: str) -> str:
 
 
 def test_files_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hlbgpt.data.text
+    import hlbgpt.data.sources
 
-    monkeypatch.setattr(hlbgpt.data.text, "_BLOCK_BYTES", 3)  # cuts characters in two
+    monkeypatch.setattr(hlbgpt.data.sources, "_BLOCK_BYTES", 3)  # cuts characters in two
     text = "é漢𝄞\r\n \n\x01 end without a line feed"
     (tmp_path / "wiki.train.tokens").write_bytes(text.encode())
     (tmp_path / "mine.txt").write_bytes(text.encode() * 2)
@@ -80,9 +80,9 @@ def test_fingerprint_follows_the_file(tmp_path: Path) -> None:
 def test_text_that_is_not_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
 ) -> None:
-    import hlbgpt.data.text
+    import hlbgpt.data.sources
 
-    monkeypatch.setattr(hlbgpt.data.text, "_BLOCK_BYTES", 4)
+    monkeypatch.setattr(hlbgpt.data.sources, "_BLOCK_BYTES", 4)
     (tmp_path / "wiki.train.raw").write_bytes(content)
     with pytest.raises(InputError, match=message):
         joined(TextFiles(folder=str(tmp_path)), "train")
@@ -140,7 +140,7 @@ def test_hub_fingerprint_pins_the_revision() -> None:
 def test_tokens_of_wikitext_are_found_again() -> None:
     """What was tokenized when name and revision still had WikiText's for defaults."""
     named = "Salesforce/wikitext/wikitext-103-raw-v1@b08601e04326c79dfdd32d625aee71d232d685c3"
-    assert identity(HubText(), "train") == f"hlbgpt.data.text.HubText:hub:{named}:text"
+    assert identity(HubText(), "train") == f"hlbgpt.data.sources.HubText:hub:{named}:text"
 
 
 def test_the_path_of_a_data_set_is_enough() -> None:
@@ -178,9 +178,9 @@ def test_splits_that_are_missing_are_drawn(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import hlbgpt.data.text
+    import hlbgpt.data.sources
 
-    monkeypatch.setattr(hlbgpt.data.text, "_BLOCK_BYTES", 1000)  # several batches of rows
+    monkeypatch.setattr(hlbgpt.data.sources, "_BLOCK_BYTES", 1000)  # several batches of rows
     write_rows(tmp_path / "hub", "train", {"text": [f"row {i}" for i in range(2000)]})
     if has_validation:
         write_rows(tmp_path / "hub", "val", {"text": ["their own"]})
@@ -248,7 +248,7 @@ def test_embedded_text_is_documentation_and_imports_none_of_it() -> None:
     code = (
         "import sys\n"
         "from hlbgpt.data import EmbeddedText\n"
-        "from hlbgpt.data.text import SPLITS\n"
+        "from hlbgpt.data.sources import SPLITS\n"
         "source = EmbeddedText()\n"
         "text = {split: ''.join(source.chunks(split)) for split in SPLITS}\n"
         "assert 'turtle' not in sys.modules and 'antigravity' not in sys.modules\n"
@@ -320,4 +320,6 @@ def test_offline_without_anything_prepared_is_one_line(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.stderr.splitlines()[-1].startswith("hlbgpt.errors.InputError: data.source: cannot")
+    assert done.stderr.splitlines()[-1].startswith(
+        "hlbgpt.utils.errors.InputError: data.source: cannot"
+    )

@@ -10,10 +10,10 @@ from conftest import QUICKSTART
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hlbgpt.data.text
+import hlbgpt.data.sources
 from hlbgpt.data import TextFolder, textfolder
-from hlbgpt.data.text import SPLITS
-from hlbgpt.errors import InputError
+from hlbgpt.data.sources import SPLITS
+from hlbgpt.utils.errors import InputError
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_what_is_too_little_or_not_there_is_named(tmp_path: Path) -> None:
 def test_bytes_in_errors_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hlbgpt.data.text, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(hlbgpt.data.sources, "_BLOCK_BYTES", 7)
     write(tmp_path, "a.txt", lines(9))
     (tmp_path / "b.txt").write_bytes("é\n".encode() * 20 + b"\xff")
     with pytest.raises(InputError, match=r"b\.txt: not UTF-8 text at byte 60 "):

@@ -9,10 +9,10 @@ import torch
 from conftest import LAST, QUICKSTART, RUN
 
 from hlbgpt import machine, module, peaks
-from hlbgpt.checkpoint_io import load_checkpoint
-from hlbgpt.errors import InputError
 from hlbgpt.models import GPT
-from hlbgpt.throughput import Throughput
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.training.throughput import Throughput
+from hlbgpt.utils.errors import InputError
 
 NET = GPT(vocab_size=64, max_sequence_length=32, width=16, num_heads=2, num_blocks=1)
 
@@ -32,7 +32,7 @@ def test_flops_add_up_over_shapes_and_devices() -> None:
 
 def test_rates_are_those_since_they_were_last_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 10.0
-    monkeypatch.setattr("hlbgpt.throughput.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("hlbgpt.training.throughput.time", SimpleNamespace(monotonic=lambda: now))
     throughput = Throughput()
     throughput.begin()
     assert throughput.rates() == {}

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hlbgpt.data.tokenizer as tokenizer
-from hlbgpt.data.text import TextFiles, TextSource
-from hlbgpt.data.tokenfile import DamagedFileError, TokenFile, prepare_token_file, token_file_path
+from hlbgpt.data.sources import TextFiles, TextSource
+from hlbgpt.data.token_file import DamagedFileError, TokenFile, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import load_tokenizer
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 BYTES = load_tokenizer("bytes")
 

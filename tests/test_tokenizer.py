@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import hlbgpt.data.tokenizer as tokenizer
 from hlbgpt.data.tokenizer import StreamEncoder, load_tokenizer
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 # White space of every kind, controls that only Python takes for white space, letters, digits,
 # punctuation, contractions, and characters of two to four bytes.

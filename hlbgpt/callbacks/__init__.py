@@ -6,8 +6,8 @@ from hlbgpt.callbacks.console import Console
 from hlbgpt.callbacks.divergence import StopOnDivergence
 from hlbgpt.callbacks.hlb041 import SequenceGrowth, SteeredBatch
 from hlbgpt.callbacks.samples import Samples
-from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.callbacks.time_to_target import TimeToTarget
+from hlbgpt.callbacks.token_schedule import TokenSchedule
 from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
 
 __all__ = [

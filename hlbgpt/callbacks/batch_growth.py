@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from hlbgpt.module import LanguageModule
-from hlbgpt.seeds import run_seed
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.seed import run_seed
 
 
 class BatchGrowth(L.Callback):

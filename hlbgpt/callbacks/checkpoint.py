@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.nn.utils import get_total_norm
 
-from hlbgpt.errors import DivergedError
-from hlbgpt.folders import last_checkpoint, run_folder
-from hlbgpt.module import LanguageModule
+from hlbgpt.runs.folder import last_checkpoint, run_folder
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import DivergedError
 
 
 class Interrupted(SystemExit):

@@ -10,8 +10,8 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 
 from hlbgpt.callbacks.time_to_target import TimeToTarget, in_millions
-from hlbgpt.errors import require_positive
-from hlbgpt.module import LanguageModule
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import require_positive
 
 _FIRST_LINE = 5.0  # seconds of training until a first plain line
 

@@ -6,9 +6,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hlbgpt.errors import DivergedError, InputError
-from hlbgpt.folders import last_checkpoint, run_folder
-from hlbgpt.module import LanguageModule
+from hlbgpt.runs.folder import last_checkpoint, run_folder
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import DivergedError, InputError
 
 
 class StopOnDivergence(L.Callback):

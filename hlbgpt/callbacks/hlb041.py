@@ -7,11 +7,11 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from hlbgpt.callbacks.schedule import train_stream
-from hlbgpt.errors import require_positive
-from hlbgpt.module import LanguageModule
-from hlbgpt.schedules import steered_batch
-from hlbgpt.seeds import run_seed
+from hlbgpt.callbacks.token_schedule import train_stream
+from hlbgpt.optim.schedules import steered_batch
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import require_positive
+from hlbgpt.utils.seed import run_seed
 
 
 class SequenceGrowth(L.Callback):
@@ -56,7 +56,7 @@ class SequenceGrowth(L.Callback):
 class SteeredBatch(L.Callback):
     """Adds micro-batches to a step while the gradient norm is above where it is expected.
 
-    See `hlbgpt.schedules.steered_batch`. The next step takes as many micro-batches as the whole
+    See `hlbgpt.optim.schedules.steered_batch`. The next step takes as many micro-batches as the whole
     part says, one more with the fraction as the probability, and at least one. With
     `trainer.accumulate_grad_batches` above 1, that many batches count as one.
 

@@ -6,10 +6,10 @@ import textwrap
 import lightning as L
 import torch
 
-from hlbgpt.curves import text_loggers
-from hlbgpt.errors import InputError, require_positive
-from hlbgpt.generate import Generation, continue_texts
-from hlbgpt.module import LanguageModule
+from hlbgpt.generation.sampling import Generation, continue_texts
+from hlbgpt.runs.logger import text_loggers
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import InputError, require_positive
 
 _WRAPPER = textwrap.TextWrapper(
     100, expand_tabs=False, replace_whitespace=False, drop_whitespace=False

@@ -12,16 +12,16 @@ from rich import box
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from hlbgpt.clock import Stopwatch, process_seconds, synchronize
-from hlbgpt.curves import text_loggers
-from hlbgpt.data.stream import TokenStream
-from hlbgpt.errors import InputError
-from hlbgpt.folders import RECORD, run_folder
-from hlbgpt.forecast import seconds_to_target
-from hlbgpt.machine import device_name, driver_version, git_revision, peak_memory
-from hlbgpt.module import LanguageModule
-from hlbgpt.saved_config import compared_settings
-from hlbgpt.seeds import run_seed
+from hlbgpt.callbacks.eta import seconds_to_target
+from hlbgpt.data.loaders import TokenStream
+from hlbgpt.runs.config import compared_settings
+from hlbgpt.runs.folder import RECORD, run_folder
+from hlbgpt.runs.logger import text_loggers
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.clock import Stopwatch, process_seconds, synchronize
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.machine import device_name, driver_version, git_revision, peak_memory
+from hlbgpt.utils.seed import run_seed
 
 
 class TimeToTarget(L.Callback):

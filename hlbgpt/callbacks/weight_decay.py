@@ -3,8 +3,8 @@
 import lightning as L
 import torch
 
-from hlbgpt.errors import InputError
-from hlbgpt.module import LanguageModule
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import InputError
 
 
 class LossScaledWeightDecay(L.Callback):

@@ -9,12 +9,12 @@ import numpy as np
 import tiktoken
 import torch
 
-from hlbgpt.data.stream import PADDING, PromptStream, TokenStream, WindowStream
-from hlbgpt.data.text import SPLITS, TextSource
-from hlbgpt.data.tokenfile import TokenFile, identity, prepare_token_file, token_file_path
+from hlbgpt.data.loaders import PADDING, PromptStream, TokenStream, WindowStream
+from hlbgpt.data.sources import SPLITS, TextSource
+from hlbgpt.data.token_file import TokenFile, identity, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
-from hlbgpt.errors import InputError, require_positive
-from hlbgpt.seeds import run_seed
+from hlbgpt.utils.errors import InputError, require_positive
+from hlbgpt.utils.seed import run_seed
 
 IGNORE = -1  # target without a loss
 

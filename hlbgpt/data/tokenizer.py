@@ -12,7 +12,7 @@ from typing import Literal
 
 import tiktoken
 
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 TokenizerName = Literal["gpt2", "bytes"]
 VOCAB_SIZES: dict[TokenizerName, int] = {"gpt2": 50257, "bytes": 256}

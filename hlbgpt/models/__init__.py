@@ -1,12 +1,12 @@
 """Plain torch networks; `Network` says what one takes and returns."""
 
-from hlbgpt.models.adaptive import AdaptiveHead
+from hlbgpt.models.adaptive_softmax import AdaptiveHead
 from hlbgpt.models.base import Network
-from hlbgpt.models.cache import Cache, causal_attention
-from hlbgpt.models.fast import FastGPT
+from hlbgpt.models.fast_gpt import FastGPT
 from hlbgpt.models.gpt import GPT
-from hlbgpt.models.head import TokenScores, score
 from hlbgpt.models.hlb041 import HLB041
+from hlbgpt.models.kv_cache import Cache, causal_attention
+from hlbgpt.models.lm_head import TokenScores, score
 
 __all__ = [
     "GPT",

@@ -4,15 +4,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hlbgpt.models.cache import Cache
-from hlbgpt.models.head import TokenScores
+from hlbgpt.models.kv_cache import Cache
+from hlbgpt.models.lm_head import TokenScores
 
 
 class Network(nn.Module):
     """Base of all networks.
 
     Keep repeated blocks in an attribute `blocks`: the optimizer's parameter groups find the
-    matrices there (`hlbgpt.optim`).
+    matrices there (`hlbgpt.optim.muon`).
 
     Attributes:
         vocab_size: Number of logits, at least the number of the tokenizer's tokens.

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError, require_positive
 from hlbgpt.models.base import Network
-from hlbgpt.models.cache import Cache, causal_attention
-from hlbgpt.models.head import Classes, TokenScores
+from hlbgpt.models.kv_cache import Cache, causal_attention
+from hlbgpt.models.lm_head import Classes, TokenScores
+from hlbgpt.utils.errors import InputError, require_positive
 
 
 class GPT(Network):

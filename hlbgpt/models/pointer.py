@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError, require_positive
-from hlbgpt.models.cache import Cache
+from hlbgpt.models.kv_cache import Cache
+from hlbgpt.utils.errors import InputError, require_positive
 
 _NEVER = -1e4  # score of no probability; an infinity would turn gradients into NaN
 _TINY = torch.finfo(torch.float32).tiny

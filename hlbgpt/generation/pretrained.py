@@ -13,12 +13,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hlbgpt.checkpoint_io import load_checkpoint
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
-from hlbgpt.errors import InputError
-from hlbgpt.generate import Generation, continue_texts
+from hlbgpt.generation.sampling import Generation, continue_texts
 from hlbgpt.models import Network
-from hlbgpt.saved_config import IN_CHECKPOINT
+from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.config import IN_CHECKPOINT
+from hlbgpt.utils.errors import InputError
 
 _NET, _TOKENIZER = "net", "tokenizer"  # keys of the metadata in a safetensors file
 _PREFIX = "net."  # of the network's weights in a checkpoint
@@ -117,7 +117,7 @@ class TrainedModel:
 
         Args:
             prompts: A text, or a list of them.
-            how: Settings of `hlbgpt.generate.Generation`, such as `max_new_tokens`, `top_p`.
+            how: Settings of `hlbgpt.generation.sampling.Generation`, such as `max_new_tokens`, `top_p`.
 
         Returns:
             Each prompt with its continuation: a text, or a list of them.

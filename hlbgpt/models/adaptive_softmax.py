@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError
-from hlbgpt.models.head import IGNORE, Classes, TokenScores, exponentials_
+from hlbgpt.models.lm_head import IGNORE, Classes, TokenScores, exponentials_
 from hlbgpt.models.pointer import Pointed
+from hlbgpt.utils.errors import InputError
 
 
 class AdaptiveHead(nn.Module):

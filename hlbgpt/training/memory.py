@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hlbgpt.errors import InputError
 from hlbgpt.models import Network
+from hlbgpt.utils.errors import InputError
 
 _USED = 0.85  # of the memory that is free; the rest is for fragments and what libraries take
 _CPU_TOKENS = 8192  # more at once brings a CPU nothing

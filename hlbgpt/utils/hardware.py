@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from hlbgpt.errors import InputError
-from hlbgpt.machine import device_name
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.machine import device_name
 
 
 class Card(NamedTuple):

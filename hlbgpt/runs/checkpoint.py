@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

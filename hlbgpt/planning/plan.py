@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from hlbgpt.callbacks.schedule import TokenSchedule
-from hlbgpt.checks import require_readable_configs, require_sane
-from hlbgpt.cli import CLI, RefusedError
-from hlbgpt.errors import InputError
-from hlbgpt.estimates import (
+from hlbgpt.callbacks.token_schedule import TokenSchedule
+from hlbgpt.cli.checks import require_readable_configs, require_sane
+from hlbgpt.cli.main import CLI, RefusedError
+from hlbgpt.models import Network
+from hlbgpt.optim.schedules import Step, plan_steps
+from hlbgpt.planning.estimates import (
     Activations,
     Cost,
     Fixed,
@@ -22,10 +23,9 @@ from hlbgpt.estimates import (
     fixed_costs,
     micro_batch_cost,
 )
-from hlbgpt.models import Network
-from hlbgpt.peaks import Card
-from hlbgpt.saved_config import config_name
-from hlbgpt.schedules import Step, plan_steps
+from hlbgpt.runs.config import config_name
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.hardware import Card
 
 _FULL = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 _MIXED = {"16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import lightning as L
 
-from hlbgpt.errors import InputError
-from hlbgpt.locks import locked
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import locked
 
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"

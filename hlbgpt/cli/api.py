@@ -10,10 +10,10 @@ import lightning as L
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hlbgpt.cli import RefusedError, one_line, run
-from hlbgpt.errors import InputError
-from hlbgpt.folders import CONFIG, RECORD, run_folder
-from hlbgpt.trained import TrainedModel
+from hlbgpt.cli.main import RefusedError, one_line, run
+from hlbgpt.generation.pretrained import TrainedModel
+from hlbgpt.runs.folder import CONFIG, RECORD, run_folder
+from hlbgpt.utils.errors import InputError
 
 
 class Run(NamedTuple):

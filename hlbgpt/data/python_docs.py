@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from hlbgpt.data.text import SPLITS, TextSource
+from hlbgpt.data.sources import SPLITS, TextSource
 
 
 class EmbeddedText(TextSource):

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
-from hlbgpt.clock import Stopwatch, synchronize
-from hlbgpt.memory import forward_and_backward
 from hlbgpt.models import Network
 from hlbgpt.models.base import token_scores
+from hlbgpt.training.memory import forward_and_backward
+from hlbgpt.utils.clock import Stopwatch, synchronize
 
 
 def compile_in_place(net: Network, device: torch.device) -> None:

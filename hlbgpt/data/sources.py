@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 

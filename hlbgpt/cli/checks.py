@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import yaml
 
-from hlbgpt.errors import InputError
+from hlbgpt.utils.errors import InputError
 
 # Lowest value of each, and one below it that has a meaning of its own.
 _TRAINER_LIMITS: dict[str, tuple[float, int | None]] = {

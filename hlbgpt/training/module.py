@@ -16,22 +16,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from hlbgpt import resume
-from hlbgpt.checkpoint_io import WholeCheckpointIO, require_matching
-from hlbgpt.clock import Stopwatch
-from hlbgpt.compiling import compile_in_place, warm_up
-from hlbgpt.curves import SECONDS, TOKENS, CurveLogger
 from hlbgpt.data import TokenDataModule
-from hlbgpt.errors import InputError
-from hlbgpt.generate import Generation, continue_texts
+from hlbgpt.generation.sampling import Generation, continue_texts
 from hlbgpt.models import Network
 from hlbgpt.models.base import token_scores
 from hlbgpt.optim import parameter_groups
-from hlbgpt.peaks import card_of
-from hlbgpt.seeds import run_seed
-from hlbgpt.step_log import StepLog, grad_norm
-from hlbgpt.steps import StepPlan
-from hlbgpt.throughput import Throughput
+from hlbgpt.runs.checkpoint import WholeCheckpointIO, require_matching
+from hlbgpt.runs.logger import SECONDS, TOKENS, CurveLogger
+from hlbgpt.training import resume
+from hlbgpt.training.compilation import compile_in_place, warm_up
+from hlbgpt.training.metrics import StepLog, grad_norm
+from hlbgpt.training.steps import StepPlan
+from hlbgpt.training.throughput import Throughput
+from hlbgpt.utils.clock import Stopwatch
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.hardware import card_of
+from hlbgpt.utils.seed import run_seed
 
 _SPLIT_OF_PREFIX = {"val": "validation", "test": "test"}
 
@@ -41,7 +41,7 @@ class LanguageModule(L.LightningModule):
 
     Args:
         net: The network: `hlbgpt.models.GPT`, or a class of your own from `hlbgpt.models.Network`.
-        optimizer: Optimizer, given the parameter groups of `hlbgpt.optim`.
+        optimizer: Optimizer, given the parameter groups of `hlbgpt.optim.muon`.
         lr_scheduler: Learning-rate schedule, stepped once an optimizer step; none by default.
         compile: Whether to run the network through `torch.compile`.
         log_norms: Whether to log norms of gradients and updates for each parameter group; in the

@@ -7,7 +7,7 @@ two before it, capped logits, an untied head in clusters of frequency that start
 each token comes, a pointer that gives tokens of the window a share of each prediction, and a
 residual stream in bf16.
 Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat; for the head see
-`hlbgpt.models.adaptive`, for the pointer `hlbgpt.models.pointer`.
+`hlbgpt.models.adaptive_softmax`, for the pointer `hlbgpt.models.pointer`.
 
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.errors import InputError, require_positive
-from hlbgpt.models.adaptive import AdaptiveHead
+from hlbgpt.models.adaptive_softmax import AdaptiveHead
 from hlbgpt.models.base import Network
-from hlbgpt.models.cache import Cache, causal_attention
-from hlbgpt.models.head import TokenScores
+from hlbgpt.models.kv_cache import Cache, causal_attention
+from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
+from hlbgpt.utils.errors import InputError, require_positive
 
 
 def norm(x: Tensor) -> Tensor:

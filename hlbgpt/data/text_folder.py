@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from hlbgpt.data.text import SPLITS, TextSource, read_utf8
-from hlbgpt.errors import InputError
+from hlbgpt.data.sources import SPLITS, TextSource, read_utf8
+from hlbgpt.utils.errors import InputError
 
 _BLOCK = 1 << 14  # characters, about
 _ENDS = ("\n\n", "\n", " ")  # where a block may end, the best first

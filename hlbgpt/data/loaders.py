@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from hlbgpt.clock import Stopwatch
+from hlbgpt.utils.clock import Stopwatch
 
 # Fills short windows up to T + 1; no tokenizer here has so many tokens.
 PADDING = 0xFFFF

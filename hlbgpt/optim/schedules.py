@@ -172,7 +172,7 @@ class PowerLaw(LRScheduler):
     from the first step, and slopes of positions by a factor a step.
 
     Args:
-        optimizer: With groups as `hlbgpt.optim` names them.
+        optimizer: With groups as `hlbgpt.optim.muon` names them.
         warmup_steps: Steps until the full learning rate.
         warmup_start: Factor of the first step.
         power: Of the steps since warm-up.

@@ -11,8 +11,8 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from hlbgpt.errors import InputError
 from hlbgpt.models import Cache, Network
+from hlbgpt.utils.errors import InputError
 
 _KEY = "model.generation."
 

@@ -18,14 +18,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from hlbgpt.callbacks.checkpoint import LastCheckpoint
 from hlbgpt.callbacks.console import Console
 from hlbgpt.callbacks.divergence import StopOnDivergence
-from hlbgpt.callbacks.schedule import TokenSchedule
 from hlbgpt.callbacks.time_to_target import TimeToTarget
-from hlbgpt.checkpoint_io import load_checkpoint, require_matching
-from hlbgpt.checks import require_readable_configs, require_sane
-from hlbgpt.curves import CurveLogger, text_loggers
+from hlbgpt.callbacks.token_schedule import TokenSchedule
+from hlbgpt.cli.checks import require_readable_configs, require_sane
 from hlbgpt.data import TokenDataModule
-from hlbgpt.errors import DivergedError, InputError
-from hlbgpt.folders import (
+from hlbgpt.runs.checkpoint import load_checkpoint, require_matching
+from hlbgpt.runs.config import (
+    IN_CHECKPOINT,
+    SaveConfig,
+    changed_settings,
+    config_name,
+    with_saved_config,
+)
+from hlbgpt.runs.folder import (
     RUNS,
     claim_folder,
     drop_folder_without_steps,
@@ -39,15 +44,10 @@ from hlbgpt.folders import (
     run_folder,
     sole_owner,
 )
-from hlbgpt.module import LanguageModule
-from hlbgpt.resume import KEY, require_resumable, require_steps_left
-from hlbgpt.saved_config import (
-    IN_CHECKPOINT,
-    SaveConfig,
-    changed_settings,
-    config_name,
-    with_saved_config,
-)
+from hlbgpt.runs.logger import CurveLogger, text_loggers
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.resume import KEY, require_resumable, require_steps_left
+from hlbgpt.utils.errors import DivergedError, InputError
 
 _DESCRIPTION = "Train a small GPT until its validation loss meets a target, and time it."
 _COMMANDS = {

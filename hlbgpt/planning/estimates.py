@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hlbgpt.models import AdaptiveHead, Network
 from hlbgpt.optim import parameter_groups
-from hlbgpt.peaks import Card
+from hlbgpt.utils.hardware import Card
 
 # Assumed share of a GPU's peak that a compiled network reaches, FLOPs counted as
 # `Network.flops_per_token` does. With it, 8 layers of width 384 at 1024 tokens take 1.6 s (full

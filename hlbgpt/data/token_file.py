@@ -29,10 +29,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from hlbgpt.data.text import TextSource
+from hlbgpt.data.sources import TextSource
 from hlbgpt.data.tokenizer import StreamEncoder
-from hlbgpt.errors import InputError
-from hlbgpt.locks import locked
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import locked
 
 FORMAT_VERSION = 2
 _MAGIC = b"hlbgpt\x00" + bytes([FORMAT_VERSION])

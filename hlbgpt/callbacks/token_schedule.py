@@ -6,12 +6,12 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from hlbgpt.clock import Stopwatch
-from hlbgpt.data.stream import TokenStream
-from hlbgpt.errors import InputError, require_positive
-from hlbgpt.memory import fitting_tokens, forward_and_backward
-from hlbgpt.module import LanguageModule
-from hlbgpt.schedules import Row, Step, plan_steps, require_sane, shapes
+from hlbgpt.data.loaders import TokenStream
+from hlbgpt.optim.schedules import Row, Step, plan_steps, require_sane, shapes
+from hlbgpt.training.memory import fitting_tokens, forward_and_backward
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.clock import Stopwatch
+from hlbgpt.utils.errors import InputError, require_positive
 
 
 class TokenSchedule(L.Callback):
@@ -21,7 +21,7 @@ class TokenSchedule(L.Callback):
     when to validate. Each step is a pure function of its number, so a resumed run goes on exactly.
 
     Args:
-        table: Rows, see `hlbgpt.schedules.Row`.
+        table: Rows, see `hlbgpt.optim.schedules.Row`.
         micro_batch_tokens: Most tokens of a micro-batch on a device, or `auto` for what its memory
             holds. It changes memory and speed, not what is learned.
     """

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hlbgpt.errors import InputError
-from hlbgpt.steps import StepPlan
+from hlbgpt.training.steps import StepPlan
+from hlbgpt.utils.errors import InputError
 
 KEY = "hlbgpt"  # of this project's part of a checkpoint
 

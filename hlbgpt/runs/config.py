@@ -8,8 +8,8 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hlbgpt.curves import text_loggers
-from hlbgpt.folders import CONFIG, folder_of, forget_claim, newest_checkpoint, run_folder
+from hlbgpt.runs.logger import text_loggers
+from hlbgpt.runs.folder import CONFIG, folder_of, forget_claim, newest_checkpoint, run_folder
 
 IN_CHECKPOINT = "hlbgpt_config"
 # Where the settings come from and start at, rather than settings.

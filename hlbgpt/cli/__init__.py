@@ -1,0 +1,1 @@
+"""The command line, the checks of settings, and `fit` from Python."""

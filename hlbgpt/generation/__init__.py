@@ -1,0 +1,1 @@
+"""Sampling, the streaming detokenizer, and trained networks loaded from files."""

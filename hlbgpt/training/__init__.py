@@ -1,0 +1,1 @@
+"""The LightningModule: the training step, compilation, metrics, resume."""
