@@ -1,19 +1,16 @@
 """Train a small GPT on one GPU, fast and measured honestly, with PyTorch Lightning."""
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["TrainedModel", "fit"]
+__all__ = ["PretrainedModel", "fit"]
+
+_MODULES = {"PretrainedModel": "hlbgpt.generation.pretrained", "fit": "hlbgpt.cli.api"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: the command line wants to be quick to start."""
-    if name == "fit":
-        from hlbgpt.cli.api import fit
-
-        return fit
-    if name == "TrainedModel":
-        from hlbgpt.generation.pretrained import TrainedModel
-
-        return TrainedModel
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is first used, so that the command line starts quickly."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -38,7 +38,7 @@ TINY = [
     "--model.net.init_args.width=16",
     "--model.net.init_args.num_heads=2",
     "--model.net.init_args.num_blocks=2",
-    "--model.generation.max_new_tokens=8",
+    "--model.sampling.max_new_tokens=8",
     "--data.tokenizer=bytes",
     "--data.sequence_length=32",
     "--data.micro_batch_size=4",
@@ -59,7 +59,7 @@ def fitting(config: Path, arguments: list[str]) -> list[str]:
     if "HLB041" in text:
         return [argument for argument in arguments if "num_heads" not in argument]
     if "FastGPT" in text:
-        clusters = [f"--model.net.init_args.{key}" for key in ("cutoffs=[64,128]", "shares=null")]
+        clusters = [f"--model.net.init_args.{key}" for key in ("cutoffs=[64,128]", "capacity=null")]
         # Knowing how often each byte comes is worth more than the target of words.
         return [*arguments, *clusters, TABLE, "--time_to_target.target=0.5"]
     return arguments

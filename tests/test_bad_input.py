@@ -10,7 +10,7 @@ from conftest import LAST, QUICKSTART, TABLE
 
 from hlbgpt.cli.main import main
 from hlbgpt.data import TextFiles
-from hlbgpt.data.token_file import TokenFile, prepare_token_file
+from hlbgpt.data.token_file import prepare_token_file
 from hlbgpt.data.tokenizer import load_tokenizer
 
 
@@ -58,7 +58,7 @@ FIT = [
     # ranges
     (["--trainer.max_steps=0"], "trainer.max_steps: 0 is less than 1; set it higher, or -1"),
     (["--trainer.max_steps=-5"], "trainer.max_steps: -5 is less than 1; set it higher, or -1"),
-    (["--trainer.max_steps=100000"], "trainer.max_steps: 100000 steps asked for"),
+    (["--trainer.max_steps=100000"], "trainer.max_steps: 100000, but the learning-rate schedule ends"),
     (["--trainer.max_epochs=0"], "trainer.max_epochs: 0 is less than 1"),
     (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps: 0 is less than 1"),
     (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 is less than 1"),
@@ -88,18 +88,20 @@ FIT = [
     (["--model.optimizer.betas=[2,3]"], "model.optimizer: Invalid beta parameter"),
     (["--model.lr_scheduler.pct_start=7"], "model.lr_scheduler: Expected float between 0 and 1"),
     (["--model.lr_scheduler.total_steps=-4"], "model.lr_scheduler: Expected positive integer"),
-    (["--model.generation.temperature=-1"], "temperature: -1"),
-    (["--model.generation.temperature=.nan"], "generation.temperature: nan is no number"),
-    (["--model.generation.max_new_tokens=-1"], "max_new_tokens: -1"),
-    (["--model.generation.top_k=-1"], "top_k: -1"),
-    (["--model.generation.top_p=0"], "model.generation.top_p: 0.0 is not above 0 and at most 1"),
-    (["--model.generation.top_p=1.5"], "model.generation.top_p: 1.5 is not above 0"),
-    (["--model.generation.stop="], "model.generation.stop: '' ends every text at once"),
-    (["--model.generation.stop=[a, '']"], "model.generation.stop: '' ends every text at once"),
-    (["--model.generation.stream=perhaps"], "model.generation.stream"),
-    (["--model.generation.seed=-1"], "model.generation.seed: -1 is not from 0"),
+    (["--model.sampling.temperature=-1"], "temperature: -1.0 is not valid"),
+    (["--model.sampling.temperature=.nan"], "model.sampling.temperature: nan is not valid"),
+    (["--model.sampling.max_new_tokens=-1"], "max_new_tokens: -1"),
+    (["--model.sampling.top_k=-1"], "top_k: -1"),
+    (["--model.sampling.top_p=0"], "model.sampling.top_p: 0.0 is not valid"),
+    (["--model.sampling.top_p=1.5"], "model.sampling.top_p: 1.5 is not valid"),
+    (["--model.sampling.stop="], "model.sampling.stop: [''] is not valid"),
+    (["--model.sampling.stop=[a, '']"], "model.sampling.stop: ['a', ''] is not valid"),
+    (["--model.sampling.stream=perhaps"], "model.sampling.stream"),
+    (["--model.sampling.seed=-1"], "model.sampling.seed: -1 is not valid"),
     (["--trainer.callbacks+=Samples", "--trainer.callbacks.prompts="], "Samples prompts: "),
-    (["--divergence.max_skipped_steps=-1"], "divergence.max_skipped_steps: -1 is negative"),
+    (["--checkpoint.every_minutes=0"], "checkpoint.every_minutes: 0.0 is not above 0"),
+    (["--data.micro_batches=0"], f"data.micro_batches: 0 {AT_LEAST_1}"),
+    (["--data.max_tokens=0"], f"data.max_tokens: 0 {AT_LEAST_1}"),
     # paths
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
     (["--config", "a_folder"], "a_folder"),
@@ -107,14 +109,14 @@ FIT = [
     (["--config", "empty.yaml"], "--config empty.yaml: holds no settings but None"),
     (["--config", "list.yaml"], "--config list.yaml: holds no settings but [1, 2]"),
     (["--config", "latin.yaml"], "--config latin.yaml: not UTF-8 text at byte 3"),
-    (["--data.cache_dir=a_file"], "data.cache_dir: a_file: File exists; set"),
-    (["--data.source.folder=/nowhere"], "data.source.folder: no folder '/nowhere'"),
-    (["--data.source.folder=a_file"], "data.source.folder: no folder 'a_file'"),
-    (["--data.source.folder=a_folder"], "'a_folder' has no wiki.train.raw or wiki.train.tokens"),
+    (["--data.cache_dir=a_file"], "data: a_file: File exists; data.source must"),
+    (["--data.source.folder=/nowhere"], "no wiki.train.raw or wiki.train.tokens in '/nowhere'"),
+    (["--data.source.folder=a_file"], "no wiki.train.raw or wiki.train.tokens in 'a_file'"),
+    (["--data.source.folder=a_folder"], "no wiki.train.raw or wiki.train.tokens in 'a_folder'"),
     (["--data.source.train=a_folder"], "data.source.train: no file 'a_folder'"),
     (
         ["--data.source=hlbgpt.data.TextFolder", "--data.source.folder=a_folder"],
-        "data.source.folder: no *.txt or *.md in 'a_folder', only nothing; set data.source.pattern",
+        "data.source.folder: no *.txt or *.md in 'a_folder'; set data.source.pattern",
     ),
     (
         ["--data.source=hlbgpt.data.HubText", "--data.source.rows=words"],
@@ -128,7 +130,7 @@ FIT = [
     ([f"{TABLE}"], "model.lr_scheduler: the learning rate follows schedule.table"),
     (
         [TABLE.replace("16", "64"), "--model.lr_scheduler=null"],
-        "schedule.table: sequence_length 64 is longer than the network's context",
+        "schedule.table sequence_length: 64 is longer than the network's context",
     ),
     (
         [TABLE, "--model.lr_scheduler=null", "--trainer.max_steps=5"],
@@ -215,7 +217,7 @@ def test_a_split_that_is_not_there(hlbgpt, tiny: list[str], capfd, folder: Path)
     assert "data.source: no text for the test split; set folder" in message
 
 
-def test_token_files_are_mended_or_refused(hlbgpt, tiny: list[str], capfd) -> None:
+def test_damaged_token_files_are_built_again(hlbgpt, tiny: list[str]) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)
     cache = next(argument.split("=")[1] for argument in tiny if "cache_dir" in argument)
     (path,) = Path(cache).glob("train-*.tokens")
@@ -225,12 +227,6 @@ def test_token_files_are_mended_or_refused(hlbgpt, tiny: list[str], capfd) -> No
         assert f"{path}: " in (out := hlbgpt("fit", *QUICKSTART, *tiny))
         assert "building it again" in out
         assert path.read_bytes() == whole
-    path.write_bytes(whole.replace(b'"tokenizer": "bytes"', b'"tokenizer": "gpt2 "', 1))
-    message = error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
-    assert f"{path}: made with tokenizer 'gpt2 ', but this run asks for 'bytes'" in message
-    path.write_bytes(whole)
-    assert TokenFile(path).header.tokenizer == "bytes"
-    hlbgpt("fit", *QUICKSTART, *tiny)
 
 
 def test_foreign_checkpoints_are_one_line(hlbgpt, tiny: list[str], capfd) -> None:
@@ -239,7 +235,7 @@ def test_foreign_checkpoints_are_one_line(hlbgpt, tiny: list[str], capfd) -> Non
         wider = "--model.net.init_args.width=32"
         arguments = [command, *QUICKSTART, *tiny, wider, f"--ckpt_path={LAST}"]
         message = error_of(hlbgpt, capfd, *arguments)
-        assert "is of another network: net.blocks.0.attention.expand.weight is (48, 16)" in message
+        assert f"{LAST} is of another network: net.blocks.0.attention." in message
 
 
 def test_checkpoints_of_every_wrong_kind_are_one_line(hlbgpt, tiny: list[str], capfd) -> None:
@@ -281,7 +277,7 @@ def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path
     torch.save({"state_dict": {}, "extra": Malice()}, "evil.ckpt")
     for command in ("fit", "validate", "test", "predict"):
         arguments = [command, *QUICKSTART, *tiny, "--ckpt_path=evil.ckpt"]
-        assert "no checkpoint that loads as data only" in error_of(hlbgpt, capfd, *arguments)
+        assert "is incomplete, is no checkpoint, or contains code" in error_of(hlbgpt, capfd, *arguments)
     assert not (tmp_path / "owned").exists()
 
 
@@ -292,8 +288,8 @@ def test_prompts_are_asked_for(hlbgpt, tiny: list[str], capfd) -> None:
     for empty in ("", "['The ', '']"):
         message = error_of(hlbgpt, capfd, *predict, f"--data.prompts={empty}")
         assert "data.prompts: a prompt is empty; give" in message
-    seed = "--model.generation.seed=-1"
-    assert "generation.seed: -1" in error_of(hlbgpt, capfd, *predict, "--data.prompts=x", seed)
+    seed = "--model.sampling.seed=-1"
+    assert "model.sampling.seed: -1" in error_of(hlbgpt, capfd, *predict, "--data.prompts=x", seed)
 
 
 def test_a_refused_command_leaves_earlier_runs_alone(hlbgpt, tiny: list[str]) -> None:

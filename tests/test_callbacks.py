@@ -10,38 +10,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import fit, make, read_record, sgd, trainer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_module import make, trainer
 
-from hlbgpt.callbacks import BatchGrowth, LastCheckpoint, LossScaledWeightDecay, TimeToTarget
-from hlbgpt.data.loaders import TokenStream
+from hlbgpt.callbacks import (
+    HLB010BatchSize,
+    LastCheckpoint,
+    LossScaledWeightDecay,
+    SequenceLengthDoubling,
+    TimeToTarget,
+)
+from hlbgpt.data import TrainLoader
+from hlbgpt.runs import load_checkpoint
 from hlbgpt.utils.clock import Stopwatch, process_seconds
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.machine import git_revision
-
-
-def fit(
-    folder: Path, tmp_path: Path, *callbacks: L.Callback, lr: float = 0.5, **arguments: Any
-) -> Any:
-    """Train a small network with a validation every 2 batches; returns trainer and module."""
-    module, data = make(folder, tmp_path, lr=lr, eval_batch_size=64)
-    arguments = {
-        "max_steps": 8,
-        "limit_val_batches": 1.0,
-        "val_check_interval": 2,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 1,
-        "callbacks": list(callbacks),
-    } | arguments
-    ckpt_path = arguments.pop("ckpt_path", None)
-    run = trainer(tmp_path, **arguments)
-    run.fit(module, data, ckpt_path=ckpt_path)
-    return run, module
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "record.json").read_text())
+from hlbgpt.utils.git import git_revision
 
 
 # --- TimeToTarget -----------------------------------------------------------------------------
@@ -96,20 +80,20 @@ def test_a_metric_that_is_not_logged_is_named_before_training(folder: Path, tmp_
 class Sleeper(L.Callback):
     """Sleeps in training steps, in validation and while batches are made; keeps its own time."""
 
-    def __init__(self, module_of_streams: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slept = dict.fromkeys(("step", "data", "validation", "start"), 0.0)
         self.seen = dict.fromkeys(("train", "data", "validation"), 0.0)
         self.running, self.since = "", 0.0
-        batch = module_of_streams.batch
+        gather = loader._gather
 
-        def slow(stream: Any, index: int) -> torch.Tensor:
+        def slow(feed: Any, offsets: Any) -> torch.Tensor:
             begun = time.perf_counter()
             self.sleep("data", 0.21)
-            made = batch(stream, index)
+            made = gather(feed, offsets)
             self.seen["data"] += time.perf_counter() - begun
             return made
 
-        monkeypatch.setattr(module_of_streams, "batch", slow)
+        monkeypatch.setattr(loader, "_gather", slow)
 
     def sleep(self, what: str, seconds: float) -> None:
         begun = time.perf_counter()
@@ -154,7 +138,7 @@ def test_each_second_lands_in_its_own_clock(
 
     The independent clock sees what other processes take from this one too, so load does no harm.
     """
-    sleeper = Sleeper(TokenStream, monkeypatch)
+    sleeper = Sleeper(TrainLoader, monkeypatch)
     _, module = fit(folder, tmp_path, sleeper, TimeToTarget(target=0.1), max_steps=4)
     record, slept = read_record(tmp_path), sleeper.slept
     assert slept["step"] > 4 * 0.37
@@ -175,7 +159,7 @@ def test_clocks_never_go_back(folder: Path, tmp_path: Path) -> None:
 
     class Read(L.Callback):
         def __getattribute__(self, name: str) -> Any:
-            if name.startswith("on_") and clock.train.seconds:
+            if name.startswith("on_") and clock.clocks()["train_seconds"]:
                 readings.append(clock.clocks())
             return super().__getattribute__(name)
 
@@ -190,11 +174,12 @@ def test_clocks_go_on_after_a_restart(folder: Path, tmp_path: Path) -> None:
         "train_seconds": 1000.0,
         "data_seconds": 100.0,
         "validation_seconds": 200.0,
+        "checkpoint_seconds": 20.0,
         "compile_seconds": 30.0,
         "wall_seconds": 5000.0,
     }
     clock = TimeToTarget(target=0.1)
-    clock.load_state_dict({**before, "last_value": None})
+    clock.load_state_dict({**before, "last_value": None, "values": []})
     fit(folder, tmp_path, clock, max_steps=2)
     record = read_record(tmp_path)
     for name, seconds in before.items():
@@ -206,7 +191,7 @@ def test_tokens_and_clock_come_back_from_a_checkpoint(folder: Path, tmp_path: Pa
     fit(folder, tmp_path, TimeToTarget(target=0.1), LastCheckpoint(), max_steps=4)
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     # Not the first record: its clock ran on while the checkpoint was written.
-    states = torch.load(checkpoint, weights_only=True)["callbacks"]
+    states = load_checkpoint(checkpoint)["callbacks"]
     before = next(state for name, state in states.items() if "TimeToTarget" in name)
     clock = TimeToTarget(target=0.1)
     fit(folder, tmp_path, clock, max_steps=6, ckpt_path=checkpoint)
@@ -215,13 +200,45 @@ def test_tokens_and_clock_come_back_from_a_checkpoint(folder: Path, tmp_path: Pa
     assert record["train_seconds"] > before["train_seconds"] > 0
 
 
+def test_a_checkpoint_every_few_minutes_off_the_clock(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after the first step that ends so long after the last one; the record says its cost."""
+    saved: list[int] = []
+    save = L.Trainer.save_checkpoint
+
+    def slow(trainer: L.Trainer, *arguments: Any, **options: Any) -> None:
+        saved.append(trainer.global_step)
+        time.sleep(0.3)
+        save(trainer, *arguments, **options)
+
+    class Step(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            time.sleep(0.25)
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", slow)
+    callbacks = [Step(), TimeToTarget(target=0.1), LastCheckpoint(every_minutes=0.6 / 60)]
+    fit(folder, tmp_path, *callbacks, max_steps=7, val_check_interval=50)
+    # Steps of 0.25 s: the third ends 0.75 s after the last checkpoint.
+    assert saved == [3, 6, 7]
+    record = read_record(tmp_path)
+    assert record["checkpoint_seconds"] >= 3 * 0.3
+    assert 7 * 0.25 <= record["train_seconds"] < record["wall_seconds"] - 3 * 0.3
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 7
+
+
+def test_minutes_between_checkpoints_are_above_0() -> None:
+    with pytest.raises(InputError, match=r"checkpoint.every_minutes: 0 is not above 0; set it"):
+        LastCheckpoint(every_minutes=0)
+
+
 def test_resumed_training_equals_uninterrupted_training(folder: Path, tmp_path: Path) -> None:
     weights = []
     for name, steps in {"whole": [6], "parts": [4, 6]}.items():
         place = tmp_path / name
         path: Path | None = None
         for end in steps:
-            callbacks = [LastCheckpoint(), BatchGrowth(rate=4.0)]
+            callbacks = [LastCheckpoint(), HLB010BatchSize(rate=4.0)]
             _, module = fit(
                 folder,
                 tmp_path,
@@ -267,15 +284,15 @@ def test_process_seconds_counts_from_the_birth_of_the_process() -> None:
     assert before > time.process_time() / (torch.get_num_threads() + 8)
 
 
-# --- BatchGrowth ------------------------------------------------------------------------------
+# --- HLB010BatchSize ------------------------------------------------------------------------------
 
 
 @given(
     norms=st.lists(st.floats(0.01, 10), min_size=1, max_size=60),
     coins=st.lists(st.floats(0, 1, exclude_max=True), min_size=60, max_size=60),
 )
-def test_batch_growth_follows_its_formula(norms: list[float], coins: list[float]) -> None:
-    growth = BatchGrowth()
+def test_the_batch_of_0_1_0_follows_its_formula(norms: list[float], coins: list[float]) -> None:
+    growth = HLB010BatchSize()
     average, n, k = 1.2, 1.0, 1
     for g, coin in zip(norms, coins, strict=False):
         growth.update(g, coin=coin)
@@ -287,16 +304,16 @@ def test_batch_growth_follows_its_formula(norms: list[float], coins: list[float]
 
 
 @pytest.mark.parametrize("unit", [1, 3])
-def test_batch_growth_sets_the_micro_batches_of_the_next_step(
+def test_the_batch_of_0_1_0_sets_the_micro_batches_of_the_next_step(
     folder: Path, tmp_path: Path, unit: int
 ) -> None:
-    growth, sizes = BatchGrowth(rate=0.2, initial_norm=0.0), []
+    growth, sizes = HLB010BatchSize(rate=0.2, initial_norm=0.0), []
 
     class Sizes(L.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             sizes.append(pl_module.tokens_seen // (4 * 32))
 
-    fit(folder, tmp_path, growth, Sizes(), lr=0.1, max_steps=12, accumulate_grad_batches=unit)
+    fit(folder, tmp_path, growth, Sizes(), lr=0.1, max_steps=12, micro_batches=unit)
     steps = [after - before for before, after in zip([0, *sizes], sizes, strict=False)]
     assert len(steps) == 12
     assert steps[0] == unit

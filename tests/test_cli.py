@@ -92,11 +92,11 @@ def test_validate_test_and_predict_from_a_checkpoint(hlbgpt, tiny: list[str], ca
     assert text.startswith("The history of")
     assert "\nx =" in text
     assert hlbgpt("predict", *from_checkpoint, *prompts) == text
-    for alike in ("--model.generation.stream=true", "--data.eval_batch_size=1"):
+    for alike in ("--model.sampling.stream=true", "--data.eval_batch_size=1"):
         assert hlbgpt("predict", *from_checkpoint, *prompts, alike) == text
-    assert hlbgpt("predict", *from_checkpoint, *prompts, "--model.generation.seed=7") != text
+    assert hlbgpt("predict", *from_checkpoint, *prompts, "--model.sampling.seed=7") != text
     stopped = text[len("The history of") :][2:4]
-    stop = ["--model.generation.stop", stopped]
+    stop = ["--model.sampling.stop", stopped]
     cut = hlbgpt("predict", *from_checkpoint, "--data.prompts", "The history of", *stop)
     assert cut == f"The history of{text[len('The history of') :].partition(stopped)[0]}\n\n"
     one = hlbgpt("predict", *from_checkpoint, "--data.prompts", "The history of")
@@ -215,7 +215,7 @@ def test_every_option_is_explained(hlbgpt, capfd, command: str) -> None:
         "--data.cache_dir CACHE_DIR Folder for the token files.",
         "--data.prompts",
         "--model.compile {true,false} Whether to run the network through",
-        "--checkpoint.after_validation",
+        "--checkpoint.every_minutes",
     ):
         assert text in out
 

@@ -9,21 +9,20 @@ from typing import Any
 import pytest
 from test_readme import README
 
-from hlbgpt.cli.main import main as cli
-
-
-class ParserOnly(cli.CLI):
-    """Stops where arguments would be parsed."""
-
-    def parse_arguments(self, *_: Any, **__: Any) -> None:
-        raise InterruptedError
+from hlbgpt.cli.cli import CLI
 
 
 def fit_parser(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The parser of `hlbgpt fit`, taken before it parses."""
     made: list[Any] = []
-    monkeypatch.setattr(ParserOnly, "parse_arguments", lambda self, *_, **__: made.append(self))
-    with contextlib.suppress(Exception), contextlib.ExitStack() as resources:
-        ParserOnly(resources)
+
+    def stop(cli: CLI, *_: Any, **__: Any) -> None:
+        made.append(cli)
+        raise InterruptedError
+
+    monkeypatch.setattr(CLI, "parse_arguments", stop)
+    with pytest.raises(InterruptedError):
+        CLI(["fit"])
     return made[0].parser._subcommands_action.choices["fit"]
 
 

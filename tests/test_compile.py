@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS
-from test_module import make, trainer
+from helpers import make, sgd, trainer
 from torch import nn
 
 ARGUMENTS = [
@@ -74,7 +74,7 @@ def test_everything_is_compiled_before_the_clock(
     from torch._dynamo.utils import counters
 
     def run(compiled: bool) -> tuple[dict[str, Any], int, int]:
-        module, data = make(folder, tmp_path, lr=0.1, eval_batch_size=16)
+        module, data = make(folder, tmp_path, optimizer=sgd(0.1), eval_batch_size=16)
         module.compile_net = compiled
         seen: list[int] = []
         start = module.on_fit_start
@@ -90,7 +90,6 @@ def test_everything_is_compiled_before_the_clock(
             max_steps=6,
             limit_val_batches=1.0,
             val_check_interval=3,
-            check_val_every_n_epoch=None,
         )
         run.fit(module, data)
         state = {"weights": [p.detach().clone() for p in module.parameters()]}

@@ -13,7 +13,7 @@ from conftest import QUICKSTART, RUN
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as Terminal
-from test_callbacks import fit, read_record
+from helpers import fit, read_record
 
 import hlbgpt.callbacks.console as console
 from hlbgpt.callbacks import Console, TimeToTarget
@@ -53,16 +53,24 @@ def test_the_forecast_of_a_run_is_told_until_its_end_is_nearer(tmp_path: Path) -
             "train_seconds": 40.0,
             "data_seconds": 0.0,
             "validation_seconds": 0.0,
+            "checkpoint_seconds": 0.0,
             "compile_seconds": 0.0,
             "wall_seconds": 0.0,
             "last_value": (5.0, 100),
             "values": [(20.0, 5.5), (40.0, 5.0)],  # half a nat with each doubling
         }
     )
-    assert clock.outlook(SimpleNamespace(max_steps=-1, global_step=100)) == "target in about 2 min"
-    assert clock.outlook(SimpleNamespace(max_steps=900, global_step=100)) == "target in about 2 min"
-    assert clock.outlook(SimpleNamespace(max_steps=150, global_step=100)) == "ends in about 20 s"
-    assert clock.outlook(SimpleNamespace(max_steps=100, global_step=100)) == ""
+
+    def eta(step: int, max_steps: int, max_tokens: int | None = None) -> str:
+        trainer = SimpleNamespace(global_step=step, max_steps=max_steps)
+        data = SimpleNamespace(max_tokens=max_tokens)
+        return clock.eta(trainer, SimpleNamespace(tokens_seen=1000, data=data))  # type: ignore
+
+    assert eta(100, -1) == "target in about 2 min"
+    assert eta(100, 900) == "target in about 2 min"
+    assert eta(100, 150) == "ends in about 20 s"
+    assert eta(100, -1, 1500) == "ends in about 20 s"
+    assert eta(100, 100) == ""
 
 
 def test_plain_lines_on_a_pipe(
@@ -108,10 +116,10 @@ def test_the_table_at_the_end_is_the_record(
     fit(folder, tmp_path, TimeToTarget(target=0.1), max_steps=2)
     record, out = read_record(tmp_path), capsys.readouterr().out
     rows = dict(re.findall(r"^ +([a-z ]+?)  +(\S.*?) *$", out, re.MULTILINE))
-    waited = f"{record['data_seconds']:.1f} s of it waiting for data"
+    waited = f"of which {record['data_seconds']:.1f} s waiting for data"
     assert rows["training"] == f"{record['train_seconds']:.1f} s, {waited}"
     assert rows["validation"] == f"{record['validation_seconds']:.1f} s"
-    assert rows["in all"] == f"{record['wall_seconds']:.1f} s"
+    assert rows["in total"] == f"{record['wall_seconds']:.1f} s"
     assert rows["parameters"] == f"{record['parameters']:,}"
     assert rows["device"].startswith("1 x cpu")
 

@@ -7,10 +7,9 @@ import lightning as L
 import pytest
 import torch
 from conftest import QUICKSTART
-from test_callbacks import fit
+from helpers import SaveAfter, fit
 
-from hlbgpt.callbacks import BatchGrowth, LastCheckpoint, LossScaledWeightDecay, TimeToTarget
-from hlbgpt.callbacks.divergence import StopOnDivergence
+from hlbgpt.callbacks import LastCheckpoint, StopOnDivergence, TimeToTarget
 from hlbgpt.runs.checkpoint import load_checkpoint
 from hlbgpt.utils.errors import DivergedError
 
@@ -54,9 +53,9 @@ class _BadGradient(torch.autograd.Function):
 
 @pytest.mark.parametrize("loss", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("micro_batches", [1, 3])
 def test_a_run_stops_within_a_logging_interval(
-    folder: Path, tmp_path: Path, loss: bool, value: float, accumulate: int
+    folder: Path, tmp_path: Path, loss: bool, value: float, micro_batches: int
 ) -> None:
     steps: list[int] = []
 
@@ -71,12 +70,12 @@ def test_a_run_stops_within_a_logging_interval(
             Poison(12, loss=loss, value=value),
             Count(),
             TimeToTarget(target=0.1),
-            LastCheckpoint(),
+            SaveAfter(10),
             StopOnDivergence(),
             max_steps=40,
-            val_check_interval=10 * accumulate,
+            val_check_interval=50,
             log_every_n_steps=5,
-            accumulate_grad_batches=accumulate,
+            micro_batches=micro_batches,
             lr=0.1,
         )
     assert steps[-1] <= 15
@@ -102,50 +101,9 @@ def test_a_bad_last_step_leaves_no_record(folder: Path, tmp_path: Path) -> None:
 def test_weights_that_are_no_numbers_are_never_kept(folder: Path, tmp_path: Path) -> None:
     """Whoever leaves out the callback that stops."""
     with pytest.raises(DivergedError, match=r"weights are not finite at step 6; .* still holds"):
-        fit(folder, tmp_path, Poison(5), LastCheckpoint())
+        fit(folder, tmp_path, Poison(5), SaveAfter(4, 6))
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 4
-
-
-@pytest.mark.parametrize("loss", [True, False])
-def test_bad_steps_are_left_out_on_demand(
-    folder: Path, tmp_path: Path, loss: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As if the optimizer had not been asked in that step: the rest goes on."""
-    weights = []
-
-    class Keep(L.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
-
-    fit(
-        folder,
-        tmp_path,
-        LossScaledWeightDecay(strength=1.0),
-        BatchGrowth(),
-        Poison(3, 4, loss=loss),
-        Keep(),
-        StopOnDivergence(max_skipped_steps=2),
-    )
-    assert not torch.equal(weights[0], weights[1])
-    assert torch.equal(weights[1], weights[2])
-    assert torch.equal(weights[1], weights[3])
-    assert not torch.equal(weights[3], weights[4])
-    assert weights[-1].isfinite().all()
-    out = capsys.readouterr().out
-    assert "step      4  left out" in out
-    assert "(2 in a row, 2 allowed)" in out
-
-
-def test_too_many_bad_steps_stop_the_run(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"train loss is nan at step 5; .* at step 2; no check"):
-        fit(
-            folder,
-            tmp_path,
-            Poison(3, 4, 5),
-            StopOnDivergence(max_skipped_steps=2),
-            val_check_interval=50,
-        )
 
 
 def test_one_line_on_the_command_line(hlbgpt: Any, tiny: list[str], capfd: Any) -> None:

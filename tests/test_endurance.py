@@ -1,6 +1,5 @@
 """What takes minutes: kills by the dozen, several processes, texts of gigabytes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -57,25 +56,39 @@ def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) 
     assert_same(*map(curves, runs))
 
 
+TOKENIZE = """
+import sys, time
+from pathlib import Path
+import torch
+from hlbgpt.data import TextFiles
+from hlbgpt.data.token_file import prepare_token_file
+from hlbgpt.data.tokenizer import load_tokenizer
+from hlbgpt.utils.hardware import peak_memory
+
+encoding, text = load_tokenizer("gpt2"), Path(sys.argv[1])
+start = time.perf_counter()
+source = TextFiles(train=str(text))
+prepare_token_file(text.with_suffix(".tokens"), source, "train", lambda: encoding)
+print(time.perf_counter() - start, peak_memory(torch.device("cpu")))
+"""
+
+
 @pytest.mark.usefixtures("gpt2")
 def test_a_text_of_two_gigabytes_takes_no_more_memory(tmp_path: Path, text: str) -> None:
-    """Each is prepared in a process of its own."""
+    """Each is tokenized in a process of its own; `pytest -m slow -s` shows the speed."""
 
-    def prepared(megabytes: int) -> dict[str, float]:
+    def peak(megabytes: int) -> float:
         path = tmp_path / f"{megabytes}.txt"
         with path.open("wb") as file:
             block = text.encode()
             for number in range(megabytes * 1_000_000 // len(block)):
                 # Words of its own in each block, as a long text goes on to have.
                 file.write(block + f" word{number} of block{number}\n".encode() * 20)
-        command = [sys.executable, str(SCRIPTS / "tokenize_speed.py"), str(path), "--json"]
+        command = [sys.executable, "-c", TOKENIZE, str(path)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         path.unlink()
-        return json.loads(out.splitlines()[-1])
+        seconds, memory = map(float, out.splitlines()[-1].split())
+        print(f"{megabytes} MB: {megabytes / seconds:.1f} MB/s, {memory:,.0f} bytes at most")
+        return memory
 
-    small, large = prepared(100), prepared(2_000)
-    assert large["text_bytes"] > 1.9e9
-    assert large["peak_memory_bytes"] < 1.1 * small["peak_memory_bytes"]
-    # Of the speed, look: `pytest -m slow -s`. A test must not judge it.
-    print(f"{small['megabytes_per_second']:.1f} and {large['megabytes_per_second']:.1f} MB/s, ")
-    print(f"{small['peak_memory_bytes']:,} and {large['peak_memory_bytes']:,} bytes at most")
+    assert peak(2_000) < 1.1 * peak(100)

@@ -1,4 +1,4 @@
-"""FLOPs a token, against torch's own counter."""
+"""FLOPs per token, compared with torch's own counter."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ B, T, V = 3, 16, 96
 SIZES = {"vocab_size": V, "max_sequence_length": T, "width": 16, "num_blocks": 2}
 HEADS = {"num_heads": 2}
 CLUSTERS = {"cutoffs": [16, 24]}
-# How often each token comes in B x T: 32 times one of the first cluster, 8 and 8 one of the others.
+# Token counts in B x T: 32 targets in the first cluster, 8 in each of the others.
 COUNTS = torch.tensor([2] * 16 + [1] * 16 + [0] * 64)
 TARGETS = torch.arange(V).repeat_interleave(COUNTS).view(B, T)
 
 
 def counted(net: Network) -> float:
-    """FLOPs a token, forward and backward.
+    """FLOPs per token of the forward and backward pass.
 
-    In the plain backend, of whose products torch knows all: a fused one's are unknown to it on a
-    CPU, and on a GPU it counts the scores twice, which the backward pass computes again.
+    With the math backend of attention: torch does not count the products of fused kernels on a CPU,
+    and on a GPU it also counts the scores that the backward pass recomputes.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net(TARGETS, TARGETS).backward()
@@ -31,16 +31,16 @@ def counted(net: Network) -> float:
 @pytest.mark.parametrize(
     "net",
     [
-        lambda chunk: GPT(**SIZES, **HEADS, loss_chunk=chunk),
-        lambda chunk: HLB041(**SIZES, loss_chunk=chunk),
-        lambda chunk: FastGPT(**SIZES, **HEADS, loss_chunk=chunk),
-        # 12 and 4 places of 48, whoever is in them: whole numbers, to which shares are rounded.
+        lambda chunk: GPT(**SIZES, **HEADS, loss_chunk_tokens=chunk),
+        lambda chunk: HLB041(**SIZES, loss_chunk_tokens=chunk),
+        lambda chunk: FastGPT(**SIZES, **HEADS, loss_chunk_tokens=chunk),
+        # 12 and 4 of 48 targets, so that nothing is rounded.
         lambda chunk: FastGPT(
-            **SIZES, **HEADS, **CLUSTERS, shares=[12 / 48, 4 / 48], loss_chunk=chunk
+            **SIZES, **HEADS, **CLUSTERS, capacity=[12 / 48, 4 / 48], loss_chunk_tokens=chunk
         ),
-        lambda chunk: FastGPT(**SIZES, **HEADS, pointer_size=8, loss_chunk=chunk),
+        lambda chunk: FastGPT(**SIZES, **HEADS, pointer_dim=8, loss_chunk_tokens=chunk),
     ],
-    ids=["GPT", "HLB041", "FastGPT", "adaptive", "pointing"],
+    ids=["GPT", "HLB041", "FastGPT", "adaptive", "pointer"],
 )
 def test_flops_are_those_that_torch_counts(net, chunk: int) -> None:
     network = net(chunk)
@@ -48,22 +48,22 @@ def test_flops_are_those_that_torch_counts(net, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("unigram_bias", [True, False])
-def test_rare_clusters_count_with_their_share_of_the_text(unigram_bias: bool) -> None:
-    """Within 1%: a token that never came is taken to have come half a time."""
+def test_rare_clusters_count_with_their_probability(unigram_bias: bool) -> None:
+    """Within 1%, because counts are smoothed."""
     net = FastGPT(**SIZES, **HEADS, **CLUSTERS, unigram_bias=unigram_bias)
-    net.use_token_counts(COUNTS * 1000)
-    assert net.head.expected_shares() == pytest.approx((8 / 48, 8 / 48), rel=0.01)
+    net.init_from_token_counts(COUNTS * 1000)
+    assert net.lm_head.expected_capacity() == pytest.approx((8 / 48, 8 / 48), rel=0.01)
     assert net.flops_per_token(T) == pytest.approx(counted(net), rel=0.01)
 
 
-def test_before_counting_shares_are_zipfs() -> None:
+def test_before_counting_the_capacity_follows_zipfs_law() -> None:
     net = FastGPT(**SIZES, **HEADS, **CLUSTERS)
     by_rank = 1 / torch.arange(1, V + 1)
     shares = [float(by_rank[a:b].sum() / by_rank.sum()) for a, b in [(16, 24), (24, V)]]
-    assert net.head.expected_shares() == pytest.approx(shares, rel=0.05)
+    assert net.lm_head.expected_capacity() == pytest.approx(shares, rel=0.05)
 
 
-def test_a_network_of_ones_own_counts_its_linear_layers() -> None:
+def test_a_custom_network_counts_its_linear_layers() -> None:
     class Plain(Network):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Generation: the cache changes no token, the draws are as set, text comes out whole."""
+"""Generation: the KV cache changes no token, sampling follows its settings, text is whole."""
 
 import itertools
 import sys
@@ -15,22 +15,28 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hlbgpt.data.loaders import PromptStream
+from hlbgpt.data.loaders import PromptLoader
 from hlbgpt.data.tokenizer import load_tokenizer
-from hlbgpt.generation.sampling import Generation, TextWriter, candidates, continue_texts, generate
-from hlbgpt.models import GPT, HLB041, Cache, FastGPT, Network
+from hlbgpt.generation import (
+    SamplingConfig,
+    StreamingDetokenizer,
+    continue_prompts,
+    generate,
+    top_k_top_p,
+)
+from hlbgpt.models import GPT, HLB041, FastGPT, KVCache, Network
 from hlbgpt.utils.errors import InputError
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "width": 16, "num_blocks": 2}
-TABLES: dict[str, Any] = {"value_embeddings": 1, "bigram_size": 31, "cutoffs": [8, 24]}
+TABLES: dict[str, Any] = {"value_embed_blocks": 1, "bigram_buckets": 31, "cutoffs": [8, 24]}
 NETWORKS: dict[str, Callable[..., Network]] = {
     "gpt": lambda **sizes: GPT(num_heads=2, **sizes),
     "hlb041": HLB041,
     "fast": lambda **sizes: FastGPT(num_heads=2, **sizes),
     "fast, tables": lambda **sizes: FastGPT(num_heads=2, **TABLES, **sizes),
-    "fast, pointing": lambda **sizes: FastGPT(num_heads=2, pointer_size=8, **sizes),
+    "fast, pointer": lambda **sizes: FastGPT(num_heads=2, pointer_dim=8, **sizes),
     "fast, bare": lambda **sizes: FastGPT(
-        num_heads=2, look_back=False, shortcut=False, pointer_size=8, pointer_repeats=0, **sizes
+        num_heads=2, token_shift=False, x0_shortcut=False, pointer_dim=8, pointer_ngrams=0, **sizes
     ),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -38,10 +44,10 @@ ALL = {"temperature": 1.0, "top_k": 0}
 
 
 def network(name: str, *, context: int = 16, **sizes: int) -> Network:
-    """Far from its start, where much is zero; in double, where two ways round to the same."""
+    """Random weights, because many start as zero; in double precision, to compare results."""
     torch.manual_seed(0)
     net = NETWORKS[name](**SIZES | sizes, max_sequence_length=context)
-    net.use_token_counts(torch.randint(1000, (60,)))
+    net.init_from_token_counts(torch.randint(1000, (60,)))
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     return net.double()
@@ -52,13 +58,13 @@ def prompts_of(*lengths: int) -> list[Tensor]:
     return [torch.randint(60, (length,), generator=random) for length in lengths]
 
 
-def tokens_of(net: Network, prompts: list[Tensor], **how: Any) -> list[list[int]]:
-    extra = {key: how.pop(key) for key in ("take", "use_cache") if key in how}
-    out = generate(net, prompts, Generation(**how), vocab_size=60, **extra)
+def tokens_of(net: Network, prompts: list[Tensor], **settings: Any) -> list[list[int]]:
+    extra = {key: settings.pop(key) for key in ("on_token", "use_cache") if key in settings}
+    out = generate(net, prompts, SamplingConfig(**settings), vocab_size=60, **extra)
     return [tokens.tolist() for tokens in out]
 
 
-# --- with and without a cache ---------------------------------------------------------------------
+# --- with and without a KV cache ------------------------------------------------------------------
 
 
 @settings(max_examples=30)
@@ -69,10 +75,10 @@ def tokens_of(net: Network, prompts: list[Tensor], **how: Any) -> list[list[int]
     new=st.integers(0, 25),
     seed=st.integers(0, 9),
 )
-def test_the_cache_changes_no_token(
+def test_the_kv_cache_changes_no_token(
     name: str, context: int, lengths: list[int], new: int, seed: int
 ) -> None:
-    """Whatever the lengths in a batch, also past the context's end, and several times so."""
+    """For prompts of any lengths, also where a text is several times as long as the context."""
     net, prompts = network(name, context=context), prompts_of(*lengths)
     how = {"max_new_tokens": new, "seed": seed, **ALL}
     tokens = tokens_of(net, prompts, **how)
@@ -81,7 +87,7 @@ def test_the_cache_changes_no_token(
 
 
 @each_network
-def test_the_cache_changes_no_token_in_single_precision(name: str) -> None:
+def test_the_kv_cache_changes_no_token_in_single_precision(name: str) -> None:
     net, prompts = network(name).float(), prompts_of(1, 5, 16, 30)
     how = {"max_new_tokens": 40, **ALL}
     assert tokens_of(net, prompts, **how) == tokens_of(net, prompts, **how, use_cache=False)
@@ -90,55 +96,55 @@ def test_the_cache_changes_no_token_in_single_precision(name: str) -> None:
 @each_network
 @settings(max_examples=10)
 @given(cuts=st.sets(st.integers(1, 15)))
-def test_chunks_read_like_the_whole(name: str, cuts: set[int]) -> None:
+def test_chunks_give_the_logits_of_the_whole(name: str, cuts: set[int]) -> None:
     """The logits after each chunk are those of the network without a cache."""
     net = network(name)
-    tokens, cache = torch.randint(60, (3, 16)), Cache(3, 16)
+    tokens, cache = torch.randint(60, (3, 16)), KVCache(3, 16)
     whole = net(tokens)
     ends = [0, *sorted(cuts), 16]
     for start, end in itertools.pairwise(ends):
-        last = net(tokens[:, start:end], cache=cache)
+        last = net(tokens[:, start:end], kv_cache=cache)
         assert last.shape == (3, 1, 64)
         torch.testing.assert_close(last[:, 0], whole[:, end - 1])
 
 
 @each_network
 def test_sequences_of_a_batch_do_not_mix(name: str) -> None:
-    """Also where one is put in the place of another, and where some are dropped."""
+    """Also after one is replaced and others are dropped."""
     net, texts = network(name), prompts_of(9, 3, 6)
-    cache = Cache(3, 16)
-    net(torch.randint(60, (3, 7)), cache=cache)
+    cache = KVCache(3, 16)
+    net(torch.randint(60, (3, 7)), kv_cache=cache)
     for row, text in enumerate(texts):
-        alone = Cache(1, 16)
-        net(text[None], cache=alone)
-        cache.put(row, alone)
+        alone = KVCache(1, 16)
+        net(text[None], kv_cache=alone)
+        cache.insert(row, alone)
     for rows in ([0, 1, 2], [2, 0], [1]):
-        cache.keep(rows)
+        cache.select(rows)
         texts = [torch.cat([texts[row], torch.randint(60, (2,))]) for row in rows]
-        last = net(torch.stack([text[-2:] for text in texts]), cache=cache)
+        last = net(torch.stack([text[-2:] for text in texts]), kv_cache=cache)
         for logits, text in zip(last, texts, strict=True):
             torch.testing.assert_close(logits[-1], net(text[None])[0, -1])
 
 
-def test_an_emptied_sequence_has_nothing_before_it() -> None:
-    net, cache = network("fast, tables"), Cache(1, 16)
-    net(torch.tensor([[1, 2, 3]]), cache=cache)
-    cache.put(0, Cache(1, 1))
+def test_an_emptied_sequence_starts_anew() -> None:
+    net, cache = network("fast, tables"), KVCache(1, 16)
+    net(torch.tensor([[1, 2, 3]]), kv_cache=cache)
+    cache.insert(0, KVCache(1, 1))
     tokens = torch.tensor([[4]])
-    torch.testing.assert_close(net(tokens, cache=cache), net(tokens))
+    torch.testing.assert_close(net(tokens, kv_cache=cache), net(tokens))
 
 
-def test_a_full_cache_takes_no_more() -> None:
-    net, cache = network("gpt"), Cache(1, 4)
-    net(torch.tensor([[1, 2, 3]]), cache=cache)
+def test_a_full_kv_cache_refuses_more_tokens() -> None:
+    net, cache = network("gpt"), KVCache(1, 4)
+    net(torch.tensor([[1, 2, 3]]), kv_cache=cache)
     with pytest.raises(ValueError, match="at most 4 tokens: cannot take 1 of 5"):
-        net(torch.tensor([[4, 5]]), cache=cache)
+        net(torch.tensor([[4, 5]]), kv_cache=cache)
     with pytest.raises(ValueError, match="cannot take 2"):
-        net(torch.tensor([[4], [5]]), cache=cache)
+        net(torch.tensor([[4], [5]]), kv_cache=cache)
 
 
 class Plain(Network):
-    """A user's own, which knows nothing of caches: the last token decides."""
+    """A network without a KV cache, such as a user may write: the last token decides."""
 
     vocab_size = 64
 
@@ -150,7 +156,7 @@ class Plain(Network):
         return self.table(tokens)
 
 
-def test_a_network_that_reads_no_cache() -> None:
+def test_a_network_without_a_kv_cache() -> None:
     net = Plain()
     expected = [7]
     for _ in range(20):
@@ -160,27 +166,27 @@ def test_a_network_that_reads_no_cache() -> None:
     assert tokens == [expected, [3, *expected]]
 
 
-def test_autocast_weights_are_kept_and_change_no_token() -> None:
-    """Lightning's autocast casts at each use; generation lets it keep what it cast."""
-    net, how = network("fast, tables").float(), Generation(max_new_tokens=4)
+def test_autocast_casts_the_weights_only_once() -> None:
+    """Under Lightning's autocast, which would cast them at each use."""
+    net, config = network("fast, tables").float(), SamplingConfig(max_new_tokens=4)
     prompts = prompts_of(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = generate(net, prompts, how, vocab_size=60)
+        expected = generate(net, prompts, config, vocab_size=60)
     with (
         torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
         torch.profiler.profile(record_shapes=True) as profile,
     ):
-        tokens = generate(net, prompts, how, vocab_size=60)
+        tokens = generate(net, prompts, config, vocab_size=60)
     assert all(map(torch.equal, tokens, expected))
-    head = [list(net.head.weight.shape)]
+    head = [list(net.lm_head.weight.shape)]
     casts = [e for e in profile.events() if e.name == "aten::copy_" and e.input_shapes[:1] == head]
     assert len(casts) == 1
 
 
-# --- draws ----------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
-def test_the_same_for_a_seed_and_within_the_vocabulary() -> None:
+def test_a_seed_gives_the_same_tokens_within_the_vocabulary() -> None:
     net, prompts = network("gpt", context=8), prompts_of(3)
     (tokens,) = tokens_of(net, prompts, max_new_tokens=30, **ALL)
     assert tokens[:3] == prompts[0].tolist()
@@ -190,7 +196,7 @@ def test_the_same_for_a_seed_and_within_the_vocabulary() -> None:
     assert [tokens] != tokens_of(net, prompts, max_new_tokens=30, seed=1, **ALL)
 
 
-def test_the_older_half_of_a_full_context_is_forgotten() -> None:
+def test_a_full_context_loses_its_older_half() -> None:
     net = network("gpt", context=8)
     (tokens,) = tokens_of(net, prompts_of(11), max_new_tokens=30, temperature=0)
     seen = tokens[3:11]
@@ -203,7 +209,7 @@ def test_the_older_half_of_a_full_context_is_forgotten() -> None:
 
 @pytest.mark.parametrize("lengths", [(4, 1, 9, 20), (4, 4, 4, 4)])
 def test_a_prompt_is_continued_the_same_in_any_batch(lengths: tuple[int, ...]) -> None:
-    """Also where others end earlier, whatever their place."""
+    """Also where other prompts end earlier."""
     net, prompts = network("fast"), prompts_of(*lengths)
     how = {"max_new_tokens": 40, **ALL}
     alone = [tokens_of(net, [prompt], **how)[0] for prompt in prompts]
@@ -211,29 +217,29 @@ def test_a_prompt_is_continued_the_same_in_any_batch(lengths: tuple[int, ...]) -
     assert tokens_of(net, prompts[::-1], **how) == alone[::-1]
     left = {0: 5, 1: 1, 2: 5, 3: 40}
 
-    def take(row: int, token: int) -> bool:
+    def on_token(row: int, token: int) -> bool:
         left[row] -= 1
         return left[row] > 0
 
-    tokens = tokens_of(net, prompts, **how, take=take)
+    tokens = tokens_of(net, prompts, **how, on_token=on_token)
     assert left == dict.fromkeys(range(4), 0)
     assert tokens == [row[: len(row) - less] for row, less in zip(alone, (35, 39, 35, 0))]  # noqa: B905
 
 
-def expected(logits: list[float], how: Generation) -> dict[int, float]:
-    """Probabilities of the tokens that may be drawn, summing to 1; slowly, one at a time."""
-    if how.temperature == 0:
+def expected(logits: list[float], config: SamplingConfig) -> dict[int, float]:
+    """Slow reference of `top_k_top_p`: probabilities of the tokens, summing to 1."""
+    if config.temperature == 0:
         return {logits.index(max(logits)): 1.0}
     weight = {
-        token: float(torch.tensor((value - max(logits)) / how.temperature).double().exp())
+        token: float(torch.tensor((value - max(logits)) / config.temperature).double().exp())
         for token, value in enumerate(logits)
     }
-    order = sorted(weight, key=lambda token: -weight[token])[: how.top_k or None]
+    order = sorted(weight, key=lambda token: -weight[token])[: config.top_k or None]
     total, reached, kept = sum(weight[token] for token in order), 0.0, []
     for token in order:
         kept.append(token)
         reached += weight[token] / total
-        if reached >= how.top_p:
+        if reached >= config.top_p:
             break
     return {token: weight[token] / sum(weight[t] for t in kept) for token in kept}
 
@@ -247,16 +253,16 @@ def expected(logits: list[float], how: Generation) -> dict[int, float]:
 def test_temperature_then_top_k_then_top_p(
     logits: list[int], temperature: float, top_k: int, top_p: float
 ) -> None:
-    how = Generation(temperature=temperature, top_k=top_k, top_p=top_p)
+    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     scores = torch.tensor(logits) / 64
-    tokens, share = candidates(scores, how)
+    tokens, share = top_k_top_p(scores, config)
     found = dict(zip(tokens.tolist(), (share / share.sum()).tolist(), strict=True))
     found = {token: value for token, value in found.items() if value > 1e-12}
-    likely = {t: v for t, v in expected(scores.tolist(), how).items() if v > 1e-12}
+    likely = {t: v for t, v in expected(scores.tolist(), config).items() if v > 1e-12}
     assert found == pytest.approx(likely, rel=1e-4)
 
 
-def test_tokens_come_as_often_as_is_likely() -> None:
+def test_tokens_are_drawn_by_their_probabilities() -> None:
     net = Plain()
     nn.init.zeros_(net.table.weight)
     share = torch.tensor([0.5, 0.3, 0.2])
@@ -266,9 +272,9 @@ def test_tokens_come_as_often_as_is_likely() -> None:
     torch.testing.assert_close(found, share, rtol=0, atol=0.06)
 
 
-def test_what_cannot_be_continued_is_refused() -> None:
+def test_empty_prompts_and_diverged_networks_are_refused() -> None:
     net = network("gpt")
-    with pytest.raises(ValueError, match="a prompt has no tokens"):
+    with pytest.raises(ValueError, match="prompts: one has no tokens"):
         tokens_of(net, prompts_of(3, 0))
     nn.init.constant_(net.embedding.weight, torch.nan)
     with pytest.raises(InputError, match=r"model.net: its largest logit is nan"):
@@ -285,7 +291,7 @@ LETTERS = st.sampled_from(["a", "b", "c", "é", "🙂", "\ufffd"])
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """`text` before the first complete stop string, the longest of those; slowly."""
+    """Slow reference: `text` before the first complete stop string, the longest of those."""
     for end in range(len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -299,27 +305,27 @@ def cut(text: str, stops: list[str]) -> str:
     stops=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
 )
 @example(tokens=[258], stops=["abc", "b"])
-def test_pieces_make_the_text_before_the_first_stop(tokens: list[int], stops: list[str]) -> None:
+def test_pieces_form_the_text_before_the_first_stop(tokens: list[int], stops: list[str]) -> None:
     pieces: list[str] = []
-    writer = TextWriter(ENCODING, stops, pieces.append)
+    detokenizer = StreamingDetokenizer(ENCODING, stops, pieces.append)
     prompt = list("abcé🙂".encode())
-    writer.begin(prompt)
+    detokenizer.add_prompt(prompt)
     for token in tokens:
-        if not writer.add(token):
+        if not detokenizer.add_token(token):
             break
-    writer.end()
+    detokenizer.finalize()
     text = cut(ENCODING.decode(tokens), stops)
-    assert writer.text == "".join(pieces) == "abcé🙂" + text
-    assert writer.ended == (text != ENCODING.decode(tokens))
+    assert detokenizer.text == "".join(pieces) == "abcé🙂" + text
+    assert detokenizer.stopped == (text != ENCODING.decode(tokens))
 
 
-def test_text_is_written_as_soon_as_it_is_certain() -> None:
+def test_text_is_written_as_soon_as_it_is_final() -> None:
     pieces: list[str] = []
-    writer = TextWriter(load_tokenizer("bytes"), ["bad"], pieces.append)
-    writer.begin(list(b"x"))
+    detokenizer = StreamingDetokenizer(load_tokenizer("bytes"), ["bad"], pieces.append)
+    detokenizer.add_prompt(list(b"x"))
     for byte, written in zip("éab-bad".encode(), ("", "é", "a", "", "b-", "", "", ""), strict=True):
         before = len(pieces)
-        assert writer.add(byte) == (byte != ord("d"))
+        assert detokenizer.add_token(byte) == (byte != ord("d"))
         assert "".join(pieces[before:]) == written
     assert "".join(pieces) == "xéab-"
 
@@ -329,12 +335,12 @@ def speaker() -> Network:
     return network("fast", vocab_size=256, context=32)
 
 
-def texts_of(net: Network, texts: list[str], **how: Any) -> tuple[list[str], list[str]]:
+def texts_of(net: Network, texts: list[str], **settings: Any) -> tuple[list[str], list[str]]:
     """The continued texts, and what was written."""
     encoding, pieces = load_tokenizer("bytes"), []
-    how = {"max_new_tokens": 50, "temperature": 1.0, "top_k": 0} | how
+    config = SamplingConfig(**{"max_new_tokens": 50, "temperature": 1.0, "top_k": 0} | settings)
     prompts = [torch.tensor(encoding.encode_ordinary(text)) for text in texts]
-    return continue_texts(net, prompts, Generation(**how), encoding, pieces.append), pieces
+    return continue_prompts(net, prompts, config, encoding, pieces.append), pieces
 
 
 def test_streamed_text_is_the_whole_text(speaker: Network) -> None:
@@ -360,7 +366,7 @@ def test_a_stop_string_ends_a_text(speaker: Network, stream: bool) -> None:
     assert texts_of(speaker, prompts, stop=["\0\0\0", stop])[0] == [stopped, other]
 
 
-def test_nothing_is_read_after_a_stop_string(
+def test_generation_ends_with_the_stop_string(
     speaker: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop, reads, forward = texts_of(speaker, ["The "])[0][0][20:23], [], speaker.forward
@@ -369,27 +375,27 @@ def test_nothing_is_read_after_a_stop_string(
     assert 1 < len(reads) < 30
 
 
-@pytest.mark.parametrize(("stream", "streams"), [(None, True), (True, True), (False, False)])
+@pytest.mark.parametrize("stream", [None, True, False])
+@pytest.mark.parametrize("terminal", [True, False])
 def test_text_is_streamed_to_a_terminal(
-    stream: bool | None, streams: bool, monkeypatch: pytest.MonkeyPatch
+    speaker: Network, stream: bool | None, terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert Generation(stream=stream).streams == streams
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
-    assert Generation(stream=stream).streams == bool(stream)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    _, pieces = texts_of(speaker, ["The "], stream=stream)
+    assert (len(pieces) > 1) == (terminal if stream is None else stream)
 
 
 @given(lengths=st.lists(st.integers(1, 9), max_size=20), batch_size=st.integers(1, 25))
 def test_prompts_come_in_order_in_full_batches(lengths: list[int], batch_size: int) -> None:
     prompts = [prompt.tolist() for prompt in prompts_of(*lengths)]
-    batches = list(stream := PromptStream(prompts, batch_size))
+    batches = list(stream := PromptLoader(prompts, batch_size))
     assert len(stream) == len(batches)
     assert all(len(batch) == batch_size for batch in batches[:-1])
     assert all(0 < len(batch) <= batch_size for batch in batches)
     assert [prompt.tolist() for batch in batches for prompt in batch] == prompts
 
 
-# --- the benchmark --------------------------------------------------------------------------------
+# --- scripts/generate_speed.py --------------------------------------------------------------------
 
 
 def test_speed_of_a_config(

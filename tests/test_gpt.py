@@ -1,4 +1,4 @@
-"""The seed's network: its size, its initial values, and its mathematics."""
+"""The network of hlb-gpt 0.1.0: size, initial values, and a reference."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models import GPT, score
-from hlbgpt.utils.errors import InputError
 
 
 def small() -> GPT:
@@ -17,38 +16,38 @@ def small() -> GPT:
 
 
 def reference(net: GPT, tokens: Tensor) -> Tensor:
-    """The network from torch's own attention with a mask, as the seed wrote it."""
+    """The network with torch's own masked attention, as hlb-gpt 0.1.0 has it."""
     width, length = net.embedding.embedding_dim, tokens.shape[1]
-    x = net.embedding.weight[tokens] + net.position.weight[:length]
+    x = net.embedding.weight[tokens] + net.position_embedding.weight[:length]
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)
     for block in net.blocks:
         attention = nn.MultiheadAttention(
             width, block.attention.num_heads, bias=False, batch_first=True
         )
-        attention.in_proj_weight = block.attention.expand.weight
-        attention.out_proj.weight = block.attention.project.weight
+        attention.in_proj_weight = block.attention.qkv_proj.weight
+        attention.out_proj.weight = block.attention.o_proj.weight
         y = F.layer_norm(x, (width,), block.attention.norm.weight)
         x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
         y = F.layer_norm(x, (width,), block.mlp.norm.weight)
-        hidden = y @ block.mlp.expand.weight.T
+        hidden = y @ block.mlp.up_proj.weight.T
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        x = x + hidden @ block.mlp.project.weight.T
+        x = x + hidden @ block.mlp.down_proj.weight.T
     return F.layer_norm(x, (width,), net.norm.weight) @ net.embedding.weight.T
 
 
 def test_equals_the_reference() -> None:
     net = small()
-    for parameter in net.parameters():  # far from the start, where much is near zero
+    for parameter in net.parameters():  # random weights, because many start near zero
         nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(64, (3, 11))
     torch.testing.assert_close(net(tokens), reference(net, tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_size_of_the_seed() -> None:
+def test_size_of_hlb_gpt_010() -> None:
     with torch.device("meta"):
         net = GPT()
     total = sum(parameter.numel() for parameter in net.parameters())
-    assert total - net.position.weight.numel() == 29_938_560  # 29.94M, as its README has it
+    assert total - net.position_embedding.weight.numel() == 29_938_560  # 29.94M, by its README
     assert net.embedding.weight.numel() == 50304 * 384
 
 
@@ -59,7 +58,11 @@ def test_initial_values() -> None:
         if "norm" in name:
             assert torch.equal(parameter, torch.ones(96))
         else:
-            expected = 0.02 / math.sqrt(6) if "project" in name else 0.02
+            expected = (
+                0.02 / math.sqrt(6)
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 0.02
+            )
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
     assert not any("bias" in name for name, _ in net.named_parameters())
 
@@ -84,5 +87,5 @@ def test_score_of_low_precision_logits_is_float32() -> None:
     ],
 )
 def test_impossible_sizes_are_named(arguments: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         GPT(**arguments)

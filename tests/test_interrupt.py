@@ -12,10 +12,10 @@ import pytest
 from conftest import LAST, QUICKSTART, RUN
 from crash_test import curves
 from test_bad_input import error_of
-from test_resume import assert_same
+from test_resume import assert_same, number_events
 
-from hlbgpt.runs.checkpoint import load_checkpoint
-from hlbgpt.runs.folder import sole_owner
+from hlbgpt.runs import load_checkpoint
+from hlbgpt.runs.folder import exclusive
 
 # Sends itself a signal, once, in a hook; and keeps its hands off the run else.
 SIGNAL = """
@@ -82,11 +82,9 @@ def whole(hlbgpt: Callable[..., str], tiny: list[str]) -> Any:
     return WHOLE["checkpoint"], WHOLE["curves"]
 
 
-LONGER = [
-    "--trainer.max_steps=12",
-    "--trainer.val_check_interval=4",
-    "--trainer.accumulate_grad_batches=2",
-]
+# Validations after each second step.
+LONGER = ["--trainer.max_steps=12", "--trainer.val_check_interval=2", "--data.micro_batches=2"]
+OFTEN = "--checkpoint.every_minutes=1e-9"  # a checkpoint after each step
 
 
 def stop_code(run: Callable[..., str], *arguments: str) -> int:
@@ -98,9 +96,9 @@ def stop_code(run: Callable[..., str], *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("name", "hook", "count", "step"),
     [
-        ("SIGTERM", "on_train_batch_start", 1, 0),
-        ("SIGTERM", "on_train_batch_start", 2, 1),  # finishes the step: two micro-batches
-        ("SIGINT", "on_train_batch_end", 9, 5),
+        ("SIGTERM", "on_train_batch_start", 1, 1),  # finishes the step
+        ("SIGTERM", "on_train_batch_start", 2, 2),  # and its validation
+        ("SIGINT", "on_train_batch_end", 5, 5),
         ("SIGTERM", "on_validation_start", 2, 4),
         ("SIGINT", "on_validation_batch_end", 13, 4),
         ("SIGTERM", "on_validation_end", 1, 2),
@@ -114,7 +112,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
     code = stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra)
     assert code == {"SIGTERM": 143, "SIGINT": 130}[name]
     captured = capfd.readouterr()
-    line = f"stopped by {name} after step {step}; go on with: hlbgpt fit --ckpt_path {LAST}"
+    line = f"stopped by {name} after step {step}; resume with: hlbgpt fit --ckpt_path {LAST}"
     assert captured.out.splitlines()[-1] == line
     assert "Traceback" not in captured.err
     assert load_checkpoint(LAST)["global_step"] == step
@@ -127,6 +125,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
     checkpoint, lines = whole
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_same(checkpoint[part], load_checkpoint(LAST)[part], part)
+    number_events(RUN)
     assert_same(lines, curves(RUN))
 
 
@@ -138,10 +137,10 @@ def test_a_signal_in_the_last_validation_lets_the_run_end(hlbgpt, tiny: list[str
 
 
 def test_a_second_signal_stops_at_once(hlbgpt, tiny: list[str], capfd) -> None:
-    extra = signalled("SIGINT", "on_train_batch_start", 5, times=2)
+    extra = [OFTEN, *signalled("SIGINT", "on_train_batch_start", 5, times=2)]
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 130
-    assert "go on with" not in capfd.readouterr().out
-    assert load_checkpoint(LAST)["global_step"] == 2  # of the first validation
+    assert "resume with" not in capfd.readouterr().out
+    assert load_checkpoint(LAST)["global_step"] == 4
 
 
 def test_curves_are_kept_of_a_run_stopped_at_once_before_its_first_checkpoint(
@@ -174,7 +173,7 @@ def test_ctrl_c_while_a_text_is_read(hlbgpt, tiny: list[str], capfd) -> None:
     assert not Path("runs").exists()
 
 
-def test_slurms_signal_requeues_the_job_and_it_goes_on(
+def test_slurms_signal_requeues_the_job_and_the_same_command_resumes_it(
     hlbgpt, tiny, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = {"JOB_ID": "77", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}
@@ -186,53 +185,54 @@ def test_slurms_signal_requeues_the_job_and_it_goes_on(
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    command = ["fit", *QUICKSTART, *tiny, *LONGER]
-    extra = signalled("SIGUSR1", "on_train_batch_start", 7)
-    assert stop_code(hlbgpt, *command, *extra) == 128 + signal.SIGUSR1
+    command = ["fit", *QUICKSTART, *tiny, *LONGER, "--trainer.default_root_dir=job_77"]
+    command += signalled("SIGUSR1", "on_train_batch_start", 3)
+    assert stop_code(hlbgpt, *command) == 128 + signal.SIGUSR1
     assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    hlbgpt(*command, *extra)  # the same command, as SLURM starts it
-    assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]
-    assert_same(whole[0]["state_dict"], load_checkpoint(LAST)["state_dict"])
-    assert_same(whole[1], curves(RUN))
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
-    hlbgpt(*command)  # another job
-    assert (RUN.parent / "version_1").is_dir()
+    hlbgpt(*command)  # as SLURM starts it
+    assert_same(whole[0]["state_dict"], load_checkpoint("job_77/checkpoints/last.ckpt")["state_dict"])
+    number_events(Path("job_77"))
+    assert_same(whole[1], curves(Path("job_77")))
+    assert not Path("runs").exists()
+    with pytest.raises(SystemExit):  # the run has ended
+        hlbgpt(*command)
 
 
 # --- what is typed is what runs ---------------------------------------------------------------
 
 
-def test_typed_settings_hold_and_differences_are_named(hlbgpt, tiny: list[str], capfd) -> None:
-    extra = signalled("SIGTERM", "on_train_batch_start", 11)
+def test_differences_from_the_checkpoint_are_named(hlbgpt, tiny: list[str], capfd) -> None:
+    """What is typed runs, but optimizer and schedule continue with the checkpoint's settings."""
+    extra = signalled("SIGTERM", "on_train_batch_start", 5)
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
     lower = ["--model.lr_scheduler.max_lr=1e-4", "--model.optimizer.weight_decay=0.7"]
     out = hlbgpt("fit", "--ckpt_path", "last", *lower, "--data.micro_batch_size=3")
     named = [line for line in out.splitlines() if line.startswith("resume: ")]
     for difference in (
-        "model.optimizer.init_args.weight_decay: 0.1 in the checkpoint, 0.7 now",
-        "model.lr_scheduler.init_args.max_lr: 0.003 in the checkpoint, 0.0001 now",
+        "model.optimizer.init_args.weight_decay: 0.1 in the checkpoint, 0.7 now; "
+        "a resumed run keeps the checkpoint's",
+        "model.lr_scheduler.init_args.max_lr: 0.003 in the checkpoint, 0.0001 now; "
+        "a resumed run keeps the checkpoint's",
         "data.micro_batch_size: 4 in the checkpoint, 3 now",
     ):
         assert f"resume: {difference}" in named
     groups = load_checkpoint(LAST)["optimizer_states"][0]["param_groups"]
     decays = {group["name"]: group["weight_decay"] for group in groups}
-    assert decays == {"block_matrices": 0.7, "embeddings": 0.0, "vectors": 0.0}
-    rates = [value for _, value in curves(RUN)["lr/embeddings"]]
-    assert max(rates[:5]) > 1e-4
-    assert max(rates[5:]) < 1.5e-5
+    assert decays == {"block_matrices": 0.1, "embeddings": 0.0, "vectors": 0.0}
     assert load_checkpoint(LAST)["hlbgpt"]["tokens_seen"] == (5 * 4 + 7 * 3) * 2 * 32
-    assert "weight_decay: 0.7" in (RUN / "config.yaml").read_text()
-    assert "weight_decay: 0.1" in (RUN / "config.until_step_5.yaml").read_text()
+    assert "micro_batch_size: 3" in (RUN / "config.yaml").read_text()
+    assert "micro_batch_size: 4" in (RUN / "config.until_step_5.yaml").read_text()
 
 
-def test_another_optimizer_starts_anew(hlbgpt, tiny: list[str]) -> None:
+def test_another_optimizer_is_a_new_run(hlbgpt, tiny: list[str], capfd) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)
     other = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01"]
     schedule = "--model.lr_scheduler.cycle_momentum=false"
-    out = hlbgpt("fit", "--ckpt_path", LAST, *other, schedule, "--trainer.max_steps=8")
-    assert "resume: optimizer: torch.optim.adamw.AdamW in the checkpoint" in out
-    assert json.loads((RUN.parent / "version_1/record.json").read_text())["step"] == 8
+    message = error_of(
+        hlbgpt, capfd, "fit", "--ckpt_path", str(LAST), *other, schedule, "--trainer.max_steps=8"
+    )
+    assert "model.optimizer: torch.optim.adamw.AdamW in the checkpoint" in message
+    assert "start a new run" in message
 
 
 def test_last_is_the_newest_run_of_the_config(hlbgpt, tiny: list[str], capfd) -> None:
@@ -250,7 +250,7 @@ def test_last_is_the_newest_run_of_the_config(hlbgpt, tiny: list[str], capfd) ->
 def test_a_run_that_is_going_on_is_left_alone(hlbgpt, tiny: list[str], capfd) -> None:
     extra = signalled("SIGTERM", "on_train_batch_start", 5)
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
-    with sole_owner(RUN):
+    with exclusive(RUN):
         message = error_of(hlbgpt, capfd, "fit", "--ckpt_path", "last")
     assert f"the run in {RUN} is still going on in another process" in message
     hlbgpt("fit", "--ckpt_path", "last")

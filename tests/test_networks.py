@@ -1,4 +1,4 @@
-"""What every network has to keep, and the mathematics of hlb-gpt 0.4.1's and of the fast one."""
+"""Properties of every network, and references for hlb-gpt 0.4.1's and the fast GPT."""
 
 import math
 from collections.abc import Callable
@@ -10,23 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models import GPT, HLB041, FastGPT, Network
-from hlbgpt.utils.errors import InputError
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 3}
 NETWORKS: dict[str, Callable[[], Network]] = {
     "gpt": lambda: GPT(**SMALL, num_heads=2),
-    "gpt in chunks": lambda: GPT(**SMALL, num_heads=2, loss_chunk=5),
+    "gpt in chunks": lambda: GPT(**SMALL, num_heads=2, loss_chunk_tokens=5),
     "hlb041": lambda: HLB041(**SMALL),
     "fast": lambda: FastGPT(**SMALL, num_heads=2),
-    "fast, clusters": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], loss_chunk=7),
+    "fast, clusters": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], loss_chunk_tokens=7),
     "fast, tables": lambda: FastGPT(
-        **SMALL, num_heads=2, value_embeddings=2, bigram_size=31, look_back=False, shortcut=False
+        **SMALL,
+        num_heads=2,
+        value_embed_blocks=2,
+        bigram_buckets=31,
+        token_shift=False,
+        x0_shortcut=False,
     ),
-    "fast, pointing": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], pointer_size=8),
-    "fast, pointing in chunks": lambda: FastGPT(
-        **SMALL, num_heads=2, cutoffs=[8], pointer_size=8, loss_chunk=7
+    "fast, pointer": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], pointer_dim=8),
+    "fast, pointer in chunks": lambda: FastGPT(
+        **SMALL, num_heads=2, cutoffs=[8], pointer_dim=8, loss_chunk_tokens=7
     ),
-    "fast, room": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], shares=[1.0, 1.0]),
+    "fast, capacity": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], capacity=[1.0, 1.0]),
 }
 
 
@@ -37,10 +41,10 @@ def build(request: pytest.FixtureRequest) -> Callable[[], Network]:
 
 @pytest.fixture
 def net(build: Callable[[], Network]) -> Network:
-    """A network far from its start, where much is zero."""
+    """Random weights, because many start as zero."""
     torch.manual_seed(0)
     net = build()
-    net.use_token_counts(torch.randint(1000, (60,)))
+    net.init_from_token_counts(torch.randint(1000, (60,)))
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     return net
@@ -58,19 +62,19 @@ def test_no_output_depends_on_a_later_token(net: Network) -> None:
 
 
 def test_scores_and_loss_are_those_of_the_logits(net: Network) -> None:
-    """Whatever the head and the chunks: one properly normalised distribution."""
+    """For any LM head and chunk size: one properly normalised distribution."""
     tokens = torch.randint(64, (4, 17))
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
     targets[2, 5:] = -1
-    likely = net(inputs).float().log_softmax(-1)
+    log_probs = net(inputs).float().log_softmax(-1)
     kept = targets >= 0
-    expected = -likely.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    expected = -log_probs.gather(2, targets.clamp(min=0)[..., None])[..., 0]
     with torch.no_grad():
         scores = net(inputs, targets, per_token=True)
     torch.testing.assert_close(scores.loss[kept], expected[kept], rtol=1e-4, atol=1e-5)
     assert scores.loss[~kept].eq(0).all()
     assert not scores.correct[~kept].any()
-    assert torch.equal(scores.correct[kept], (likely.argmax(-1) == targets)[kept])
+    assert torch.equal(scores.correct[kept], (log_probs.argmax(-1) == targets)[kept])
     torch.testing.assert_close(net(inputs, targets), expected[kept].mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +94,7 @@ def test_gradients_are_those_of_the_logits(net: Network) -> None:
 
 
 def test_bf16_is_near_fp32(net: Network) -> None:
-    """bf16 has 8 bits: a gradient may differ by a few hundredths of its length."""
+    """bf16 has 8 bits, so gradients may differ by a few percent of their norm."""
     tokens = torch.randint(64, (8, 17))
 
     def loss_and_gradients() -> tuple[Tensor, list[Tensor]]:
@@ -99,7 +103,7 @@ def test_bf16_is_near_fp32(net: Network) -> None:
         loss.backward()
         return loss.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
-    for parameter in net.parameters():  # near where networks start
+    for parameter in net.parameters():  # close to initial values
         nn.init.normal_(parameter, std=0.1)
     exact, exact_gradients = loss_and_gradients()
     with torch.autocast("cpu", torch.bfloat16):
@@ -138,11 +142,11 @@ def test_weights_and_counts_survive_a_checkpoint(
 
 
 def reference(net: HLB041, tokens: Tensor) -> Tensor:
-    """The network of 0.4.1 as its description has it, one token and block at a time."""
+    """The network of 0.4.1 by its description, one token and block at a time."""
     x = net.embedding.weight[tokens]
     width = x.shape[-1]
     for block in net.blocks:
-        y = F.layer_norm(x, (width,), block.norm.weight) @ block.expand.weight.T
+        y = F.layer_norm(x, (width,), block.norm.weight) @ block.up_proj.weight.T
         query, key, linear, gate = y.split([width // 8, width // 8, 2 * width, 2 * width], dim=-1)
         hidden = linear * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
         local, values = hidden[..., :width], hidden[..., width:]
@@ -153,8 +157,8 @@ def reference(net: HLB041, tokens: Tensor) -> Tensor:
             logits = (query[:, i : i + 1] * key[:, : i + 1]).sum(-1) / math.sqrt(width // 8)
             share = (logits + slope * (near - i)).softmax(-1)
             rows.append((share[..., None] * values[:, : i + 1]).sum(1))
-        x = x + torch.cat([local, torch.stack(rows, 1)], dim=-1) @ block.project.weight.T
-    return F.layer_norm(x, (width,), net.norm.weight) @ net.head.weight.T
+        x = x + torch.cat([local, torch.stack(rows, 1)], dim=-1) @ block.down_proj.weight.T
+    return F.layer_norm(x, (width,), net.norm.weight) @ net.lm_head.weight.T
 
 
 def test_hlb041_equals_its_description() -> None:
@@ -167,7 +171,7 @@ def test_hlb041_equals_its_description() -> None:
 
 
 def test_sizes() -> None:
-    """The published 46.0M, and a shape of 1.5 billion."""
+    """The published 46.0M parameters, and a shape with 1.5 billion."""
 
     def parameters(net: Network) -> int:
         return sum(parameter.numel() for parameter in net.parameters())
@@ -185,15 +189,15 @@ def test_hlb041_initial_values() -> None:
     unit = 96**-0.5
     for parameter, std in (
         (net.embedding.weight, 0.25 * unit),
-        (net.head.weight, 0.5 * unit),
-        (net.blocks[0].expand.weight, 0.25 * unit),
-        (net.blocks[1].project.weight, 0.25 * unit),
+        (net.lm_head.weight, 0.5 * unit),
+        (net.blocks[0].up_proj.weight, 0.25 * unit),
+        (net.blocks[1].down_proj.weight, 0.25 * unit),
     ):
         assert parameter.std().item() == pytest.approx(std, rel=0.03)
 
 
 def test_rare_tokens_learn_like_frequent_ones() -> None:
-    """An embedding's gradient is divided by how often its token came."""
+    """The gradient of an embedding is divided by the token's count in the batch."""
     net = HLB041(**SMALL)
     tokens = torch.zeros(1, 17, dtype=torch.int64)
 
@@ -207,32 +211,32 @@ def test_rare_tokens_learn_like_frequent_ones() -> None:
     torch.testing.assert_close(gradient(scaled=True) * 16, gradient(scaled=False))
 
 
-# --- the fast one ---------------------------------------------------------------------------------
+# --- the fast GPT ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cutoffs", [[], [8, 24]])
-def test_fast_starts_from_how_often_tokens_come(cutoffs: list[int]) -> None:
+def test_fast_gpt_initially_predicts_token_frequencies(cutoffs: list[int]) -> None:
     torch.manual_seed(0)
     net = FastGPT(**SMALL, num_heads=2, cutoffs=cutoffs)
     counts = torch.randint(1000, (60,))
-    net.use_token_counts(counts)
+    net.init_from_token_counts(counts)
     share = F.pad(counts, (0, 4)).double() + 0.5
-    likely = net(torch.randint(64, (2, 9)))
-    expected = (share / share.sum()).log().float().expand_as(likely)
-    torch.testing.assert_close(likely, expected, rtol=1e-4, atol=1e-4)
+    log_probs = net(torch.randint(64, (2, 9)))
+    expected = (share / share.sum()).log().float().expand_as(log_probs)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_room_for_fewer_leaves_out_the_last_of_a_cluster() -> None:
-    """Targets beyond the room count in the choice of clusters, and in evaluation in full."""
+def test_targets_beyond_the_capacity_have_no_loss_within_their_cluster() -> None:
+    """They have the loss of the first cluster, and evaluation scores them in full."""
     torch.manual_seed(0)
-    net = FastGPT(**SMALL, num_heads=2, cutoffs=[8], shares=[0.25]).head
+    net = FastGPT(**SMALL, num_heads=2, cutoffs=[8], capacity=[0.25]).lm_head
     nn.init.normal_(net.weight, std=0.3)
     x, targets = torch.randn(1, 16, 32), torch.full((1, 16), 2)
-    targets[0, 4:12] = 40  # eight in the rare cluster, room for four
-    likely = net.log_probabilities(x)[0]
-    losses = -likely.gather(1, targets[0, :, None])[:, 0]
+    targets[0, 4:12] = 40  # eight in the rare cluster, with a capacity of four
+    log_probs = net.log_probs(x)[0]
+    losses = -log_probs.gather(1, targets[0, :, None])[:, 0]
     torch.testing.assert_close(net(x, targets, per_token=True).loss[0], losses)
-    losses[8:12] = -likely[8:12, 8:].logsumexp(-1)
+    losses[8:12] = -log_probs[8:12, 8:].logsumexp(-1)
     torch.testing.assert_close(net(x, targets), losses.mean())
 
 
@@ -242,14 +246,14 @@ def test_room_for_fewer_leaves_out_the_last_of_a_cluster() -> None:
         (lambda: HLB041(width=100), "width: 100 is not divisible by 8"),
         (lambda: HLB041(num_blocks=0), "num_blocks: 0 is less than 1"),
         (lambda: FastGPT(width=100, num_heads=3), "width: 100 is not divisible by twice num_heads"),
-        (lambda: FastGPT(cutoffs=[9, 5]), r"cutoffs: \[9, 5\] do not rise"),
-        (lambda: FastGPT(cutoffs=[60000]), r"cutoffs: \[60000\] do not rise"),
-        (lambda: FastGPT(cutoffs=[9], shares=[0.5, 0.5]), "shares: 2 given for 1 cutoffs"),
-        (lambda: FastGPT(pointer_size=-1), "pointer_size: -1 is less than 1"),
-        (lambda: FastGPT(pointer_size=8, pointer_repeats=-1), "pointer_repeats: -1 is negative"),
-        (lambda: FastGPT(cutoffs=[9], shares=[0.0]), r"shares: \[0.0\] are not all above 0"),
+        (lambda: FastGPT(cutoffs=[9, 5]), r"cutoffs: \[9, 5\] do not increase"),
+        (lambda: FastGPT(cutoffs=[60000]), r"cutoffs: \[60000\] do not increase"),
+        (lambda: FastGPT(cutoffs=[9], capacity=[0.5, 0.5]), "capacity: 2 values for 1 cutoffs"),
+        (lambda: FastGPT(pointer_dim=-1), "pointer_dim: -1 is less than 1"),
+        (lambda: FastGPT(pointer_dim=8, pointer_ngrams=-1), "pointer_ngrams: -1 is negative"),
+        (lambda: FastGPT(cutoffs=[9], capacity=[0.0]), r"capacity: \[0.0\] are not all above 0"),
     ],
 )
 def test_impossible_sizes_are_named(make: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         make()

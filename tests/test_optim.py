@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hlbgpt.models import GPT, HLB041, FastGPT, Network
 from hlbgpt.optim import MuonAdamW, parameter_groups
-from hlbgpt.optim.muon import orthogonalized
+from hlbgpt.optim.muon import newton_schulz
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 2}
 MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
@@ -18,10 +18,10 @@ MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
     ("net", "names"),
     [
         (GPT(**SMALL, num_heads=2), ["block_matrices", "embeddings", "vectors"]),
-        (HLB041(**SMALL), ["slopes", "block_matrices", "head", "embeddings", "vectors"]),
+        (HLB041(**SMALL), ["slopes", "block_matrices", "lm_head", "embeddings", "vectors"]),
         (
-            FastGPT(**SMALL, num_heads=2, value_embeddings=1, bigram_size=9, pointer_size=4),
-            ["block_matrices", "bigrams", "head", "embeddings", "vectors"],
+            FastGPT(**SMALL, num_heads=2, value_embed_blocks=1, bigram_buckets=9, pointer_dim=4),
+            ["block_matrices", "bigram_embedding", "lm_head", "embeddings", "vectors"],
         ),
     ],
 )
@@ -33,15 +33,15 @@ def test_groups_partition_the_parameters(net: Network, names: list[str]) -> None
     assert len(set(members)) == len(members)
     tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
     named = {group["name"]: {id(p) for p in group["params"]} for group in groups}
-    assert tables <= named["embeddings"] | named.get("bigrams", set())
+    assert tables <= named["embeddings"] | named.get("bigram_embedding", set())
     assert all(p.ndim == 2 for p in groups[names.index("block_matrices")]["params"])
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
+def reference(matrix: Tensor) -> Tensor:
     """One matrix in float64, by the formula as it was published."""
     x = matrix.double() / matrix.double().norm()
     if x.shape[0] > x.shape[1]:
-        return newton_schulz(matrix.T).T
+        return reference(matrix.T).T
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
@@ -49,16 +49,16 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 12), (12, 48)])
-def test_orthogonalized_equals_the_reference(shape: tuple[int, int]) -> None:
+def test_newton_schulz_equals_the_reference(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(5, *shape)
-    exact = orthogonalized(matrices, dtype=torch.float64)
+    exact = newton_schulz(matrices, dtype=torch.float64)
     for ours, matrix in zip(exact, matrices, strict=True):
-        torch.testing.assert_close(ours, newton_schulz(matrix), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, reference(matrix), rtol=1e-5, atol=1e-6)
     values = torch.linalg.svdvals(exact)
     assert values.max() < 1.25
     assert values.median() > 0.65
-    quick = orthogonalized(matrices).double()  # in bf16, as training does
+    quick = newton_schulz(matrices).double()  # in bf16, as training does
     assert (quick - exact).norm() < 0.05 * exact.norm()
 
 
@@ -78,7 +78,7 @@ def test_muon_equals_the_reference() -> None:
             parameter.grad = torch.randn(shapes[name])
             gradient = parameter.grad.double()
             momenta[name] = 0.9 * momenta[name] + 0.1 * gradient
-            update = newton_schulz(0.1 * gradient + 0.9 * momenta[name])
+            update = reference(0.1 * gradient + 0.9 * momenta[name])
             scale = max(1, shapes[name][0] / shapes[name][1]) ** 0.5
             expected[name] = expected[name] * (1 - 0.1 * 0.5) - 0.1 * scale * update
         ours.step()
@@ -86,37 +86,53 @@ def test_muon_equals_the_reference() -> None:
         torch.testing.assert_close(parameter.double(), expected[name], rtol=0, atol=0.02)
 
 
-def test_adamw_equals_torchs() -> None:
-    torch.manual_seed(0)
+SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def train(net: Network, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(step))
+        net(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_adamw_equals_torchs_fused_adamw() -> None:
     nets = [FastGPT(**SMALL, num_heads=2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1}
-    optimizers = [
-        MuonAdamW(parameter_groups(nets[0]), **settings),
-        torch.optim.AdamW(parameter_groups(nets[1]), **settings),
-    ]
-    for step in range(4):
-        tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(step))
-        for net, optimizer in zip(nets, optimizers, strict=True):
-            net(tokens[:, :-1], tokens[:, 1:]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    train(nets[0], MuonAdamW(parameter_groups(nets[0]), **SETTINGS), range(4))
+    fused = torch.optim.AdamW(parameter_groups(nets[1]), **SETTINGS, fused=True)
+    train(nets[1], fused, range(4))
     for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(ours, theirs)
+
+
+def test_adamw_is_close_to_torchs_plain_adamw() -> None:
+    """Given the same gradients: by training, differences of rounding would grow.
+
+    A gradient that is nothing but rounding, 1e-9, moves a weight by nearly the learning rate.
+    """
+    ours, theirs = (nn.ParameterList([torch.ones(7, 5), torch.ones(3)]) for _ in range(2))
+    optimizers = [
+        MuonAdamW([{"params": list(ours)}], **SETTINGS),
+        torch.optim.AdamW(theirs, **SETTINGS, foreach=False, fused=False),
+    ]
+    torch.manual_seed(0)
+    for _ in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
 
 
 def test_state_is_saved_and_restored_to_the_last_bit() -> None:
     def made() -> tuple[FastGPT, MuonAdamW]:
         torch.manual_seed(0)
         net = FastGPT(**SMALL, num_heads=2)
-        return net, MuonAdamW(parameter_groups(net), {**MUON, "head": {"betas": [0.6, 0.9]}})
-
-    def train(net: FastGPT, optimizer: MuonAdamW, steps: range) -> None:
-        for step in steps:
-            tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(step))
-            net(tokens[:, :-1], tokens[:, 1:]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        return net, MuonAdamW(parameter_groups(net), {**MUON, "lm_head": {"betas": [0.6, 0.9]}})
 
     whole, first, second = made(), made(), made()
     train(*whole, range(6))
@@ -138,12 +154,12 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"heads": {}}, "no group 'heads'; there are bigrams, block_matrices"),
-        ({"head": {"rate": 1}}, "groups.head: no setting 'rate'"),
-        ({"head": {"method": "sgd"}}, "method 'sgd' is neither"),
+        ({"heads": {}}, "no group 'heads'; use bigram_embedding, block_matrices"),
+        ({"lm_head": {"rate": 1}}, "groups.lm_head: no setting 'rate'"),
+        ({"lm_head": {"method": "sgd"}}, "method 'sgd' is neither"),
         ({"vectors": {"method": "muon"}}, "groups.vectors: muon is for matrices"),
-        ({"head": {"lr": -1}}, "groups.head: lr -1 is negative"),
-        ({"head": {"betas": [0.9, 1.0]}}, "groups.head: betas"),
+        ({"lm_head": {"lr": -1}}, "groups.lm_head: lr -1 is negative"),
+        ({"lm_head": {"betas": [0.9, 1.0]}}, "groups.lm_head: betas"),
         ({"block_matrices": {"method": "muon", "momentum": 1}}, "momentum 1 is not within"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Use from Python: training, a trained network in a line, safetensors."""
+"""Use from Python: training, pretrained networks, safetensors."""
 
 import json
 import math
@@ -14,10 +14,10 @@ from conftest import CONFIGS, LAST, QUICKSTART, fitting
 from safetensors.torch import save_file
 
 import hlbgpt as package
-from hlbgpt import TrainedModel, fit
-from hlbgpt.data import EmbeddedText, TokenDataModule
+from hlbgpt import PretrainedModel, fit
+from hlbgpt.data import PythonDocs, TokenDataModule
 from hlbgpt.data.tokenizer import load_tokenizer
-from hlbgpt.generation.sampling import Generation, generate
+from hlbgpt.generation import SamplingConfig, generate
 from hlbgpt.models import GPT
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import DivergedError, InputError
@@ -37,7 +37,7 @@ def test_a_checkpoint_and_its_export_give_the_same_network(
     arguments = fitting(CONFIGS / f"{config}.yaml", tiny)
     hlbgpt("fit", "--config", CONFIGS / f"{config}.yaml", *arguments, "--trainer.max_steps=2")
     path = f"runs/{config}/version_0/checkpoints/last.ckpt"
-    model = TrainedModel.from_checkpoint(path)
+    model = PretrainedModel.from_checkpoint(path)
     assert not model.net.training
     assert model.tokenizer == "bytes"
     kept = torch.load(path, weights_only=True)["state_dict"]
@@ -47,11 +47,11 @@ def test_a_checkpoint_and_its_export_give_the_same_network(
     for name, value in model.net.state_dict().items():
         assert torch.equal(value, kept[f"net.{name}"]), name
     model.save("net.safetensors")
-    again = TrainedModel.from_safetensors("net.safetensors")
-    assert (again.tokenizer, again.spec) == (model.tokenizer, model.spec)
+    again = PretrainedModel.from_safetensors("net.safetensors")
+    assert (again.tokenizer, again.net_config) == (model.tokenizer, model.net_config)
     tokens = torch.randint(256, (2, 16))
     assert torch.equal(model.net(tokens), again.net(tokens))
-    assert not list(Path().glob(".net*"))  # nothing half-written stays
+    assert not list(Path().glob(".net*"))  # no temporary file is left
 
 
 def test_what_is_generated_is_what_predict_prints(
@@ -59,15 +59,15 @@ def test_what_is_generated_is_what_predict_prints(
 ) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)
     out = hlbgpt("predict", "--ckpt_path", LAST, "--data.prompts", '["If ", "The long "]')
-    model = TrainedModel.from_checkpoint(LAST)
+    model = PretrainedModel.from_checkpoint(LAST)
     texts = model.generate(["If ", "The long "], max_new_tokens=8)
     assert out == "".join(f"{text}\n\n" for text in texts)
     assert model.generate("If ", max_new_tokens=8) == texts[0]
     prompt = torch.tensor(list(b"If "))
-    how = Generation(max_new_tokens=8)
-    (tokens,) = generate(model.net, [prompt], how, vocab_size=256, use_cache=False)
+    config = SamplingConfig(max_new_tokens=8)
+    (tokens,) = generate(model.net, [prompt], config, vocab_size=256, use_cache=False)
     assert load_tokenizer("bytes").decode(tokens.tolist()) == texts[0]
-    with pytest.raises(InputError, match="empty prompt"):
+    with pytest.raises(InputError, match="prompts: one is empty"):
         model.generate("")
 
 
@@ -83,11 +83,11 @@ def test_fit_is_the_command_line_in_python(hlbgpt: Callable[..., str], tiny: lis
     assert seen == [1, 2, 3, 4]
     assert run.folder == Path("runs/quickstart/version_1")
     assert run.record == json.loads((run.folder / "record.json").read_text())
-    (weights, ours) = (TrainedModel.from_checkpoint(LAST).net.state_dict(), run.model.net)
+    (weights, ours) = (PretrainedModel.from_checkpoint(LAST).net.state_dict(), run.model.net)
     for name, value in ours.state_dict().items():
         assert torch.equal(value, weights[name])  # the same run
     run.model.save("net.safetensors")
-    assert TrainedModel.from_safetensors("net.safetensors").spec == run.model.spec
+    assert PretrainedModel.from_safetensors("net.safetensors").net_config == run.model.net_config
 
 
 def test_fit_leaves_the_process_as_it_was(
@@ -131,7 +131,7 @@ def test_plain_objects_and_lightnings_own_trainer(tmp_path: Path) -> None:
         compile=False,
     )
     data = TokenDataModule(
-        EmbeddedText(),
+        PythonDocs(),
         "bytes",
         sequence_length=32,
         eval_sequence_length=32,
@@ -144,44 +144,67 @@ def test_plain_objects_and_lightnings_own_trainer(tmp_path: Path) -> None:
     assert module.tokens_seen == 3 * 16 * 32
     assert math.isfinite(trainer.callback_metrics["val_loss"])
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(InputError, match="no config that says which network"):
-        TrainedModel.from_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(InputError, match="contains no config"):
+        PretrainedModel.from_checkpoint(tmp_path / "plain.ckpt")
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "does not say which network"),
-        ({"net": '{"class_path": "os.system"}', "tokenizer": "bytes"}, "is no hlbgpt.models.Net"),
-        ({"net": '{"class_path": "no.such"}', "tokenizer": "bytes"}, "cannot be imported"),
-        ({"net": '{"class_path": "hlbgpt.models.GPT"}', "tokenizer": "klingon"}, "klingon"),
-        ({"net": '{"class_path": "hlbgpt.models.GPT"}', "tokenizer": "bytes"}, "do not fit"),
+        (None, "not a safetensors file with the settings of its network"),
+        ({"net": '{"class_path": "os.system"}', "tokenizer": "bytes"}, "not a subclass of"),
+        ({"net": "{}", "tokenizer": "bytes"}, "class_path"),
+        ({"net": '{"class_path": "no.such"}', "tokenizer": "bytes"}, "No module named 'no'"),
+        (
+            {"net": '{"class_path": "hlbgpt.models.GPT"}', "tokenizer": "klingon"},
+            "unknown tokenizer 'klingon'",
+        ),
+        (
+            {"net": '{"class_path": "hlbgpt.models.GPT"}', "tokenizer": "bytes"},
+            "cannot build.*GPT",
+        ),
         (
             {
                 "net": '{"class_path": "hlbgpt.models.GPT", "init_args": {"depth": 1}}',
                 "tokenizer": "bytes",
             },
-            "do not fit.*depth",
+            "cannot build.*GPT.*depth",
         ),
     ],
 )
-def test_files_of_another_kind_are_refused(
+def test_safetensors_of_other_networks_are_refused(
     tmp_path: Path, metadata: dict[str, str] | None, message: str
 ) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"w": torch.zeros(2)}, path, metadata)
     with pytest.raises(InputError, match=f"x.safetensors.*{message}"):
-        TrainedModel.from_safetensors(path)
+        PretrainedModel.from_safetensors(path)
 
 
-def test_no_safetensors_at_all(tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"not a tensor")
     for path in (tmp_path / "x", tmp_path / "missing"):
-        with pytest.raises(InputError, match=f"{path}: no safetensors file"):
-            TrainedModel.from_safetensors(path)
+        with pytest.raises(InputError, match=f"{path}: not a safetensors file"):
+            PretrainedModel.from_safetensors(path)
 
 
-def test_the_package_names_what_it_has() -> None:
+def test_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
+    settings = {"vocab_size": 8, "width": 8, "num_heads": 1, "num_blocks": 2}
+    settings["max_sequence_length"] = 4
+    net = GPT(**settings).eval()
+    net.blocks[1] = net.blocks[0]
+    model = PretrainedModel(
+        net, "bytes", {"class_path": "hlbgpt.models.GPT", "init_args": settings}
+    )
+    model.save(tmp_path / "tied.safetensors")
+    again = PretrainedModel.from_safetensors(tmp_path / "tied.safetensors")
+    tokens = torch.randint(8, (2, 4))
+    assert torch.equal(again.net(tokens), net(tokens))
+    with pytest.raises(InputError, match="cannot be written"):
+        model.save(tmp_path / "missing" / "tied.safetensors")
+
+
+def test_the_package_exports_its_public_names() -> None:
     assert package.fit is fit
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         package.nothing  # noqa: B018

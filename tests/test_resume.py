@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import lightning as L
 import numpy as np
 import pytest
@@ -12,13 +11,15 @@ import torch
 from crash_test import curves, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from helpers import trainer
 from recipes import MAX_STEPS, RECIPES
-from test_module import trainer
 
-from hlbgpt.callbacks import TimeToTarget
+from hlbgpt.callbacks import LastCheckpoint, TimeToTarget
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.models import GPT
-from hlbgpt.runs.logger import BY_TOKENS, CurveLogger
+from hlbgpt.runs import RunLogger, load_checkpoint
+from hlbgpt.runs.folder import last_checkpoint
+from hlbgpt.runs.logger import BY_TOKENS
 from hlbgpt.training.module import LanguageModule
 
 
@@ -36,18 +37,24 @@ class StopError(Exception):
     """The end of a process, for a test."""
 
 
-class StopAt(L.Callback):
-    """Saves a checkpoint and stops when hook `hook` is called for the `count`-th time."""
+class StopAfter(L.Callback):
+    """Saves a checkpoint and stops as `LastCheckpoint` does: after step `step` and its validation.
 
-    def __init__(self, hook: str, count: int, path: Path) -> None:
-        self.left, self.path = count, path
-        setattr(self, hook, self.stop)
+    It is the last of the callbacks.
+    """
 
-    def stop(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.sanity_checking:
-            return
-        self.left -= 1
-        if self.left == 0:
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if pl_module.ends_step and not pl_module.validation_due:
+            self.stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.stop(trainer)
+
+    def stop(self, trainer: L.Trainer) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
             trainer.save_checkpoint(self.path, weights_only=False)
             raise StopError
 
@@ -60,12 +67,12 @@ def run(
     precision: str = "32-true",
     compiled: bool = False,
     growth: float = 0.3,
-    purge_step: int | None = None,
     lr: float = 0.02,
     recipe: str = "baseline",
+    micro_batches: int = 1,
     **arguments: Any,
 ) -> tuple[L.Trainer, LanguageModule]:
-    """Train a small network over three short passes; 16 micro-batches a pass."""
+    """Train a small network over three short epochs; 16 micro-batches an epoch."""
     L.seed_everything(5, verbose=False)
     net = Noisy(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, num_blocks=2)
     optimizer, scheduler, grow = RECIPES[recipe](lr, growth)
@@ -76,19 +83,16 @@ def run(
         cache_dir=str(place.parent / "cache"),
         sequence_length=32,
         micro_batch_size=8,
+        micro_batches=micro_batches,
         eval_sequence_length=32,
         eval_batch_size=64,
     )
-    logger = CurveLogger(place, name="", version="", default_hp_metric=False)
-    if purge_step is not None:
-        logger = CurveLogger(
-            place, name="", version="", default_hp_metric=False, purge_step=purge_step
-        )
+    step = None if resume is None else load_checkpoint(resume)["global_step"]
+    logger = RunLogger(place, name="", version="", default_hp_metric=False, purge_step=step)
     settings: dict[str, Any] = {
         "max_steps": MAX_STEPS,
         "limit_val_batches": 1.0,
         "val_check_interval": 5,
-        "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 1,
         "log_every_n_steps": 1,
         "precision": precision,
@@ -103,15 +107,13 @@ def run(
 
 def state_of(run: L.Trainer, module: LanguageModule) -> dict[str, Any]:
     """All that training has made, as plain values and tensors."""
-    loader: Any = run.fit_loop._combined_loader
     return {
         "weights": module.state_dict(),
         "optimizer": run.optimizers[0].state_dict(),
         "scheduler": [config.scheduler.state_dict() for config in run.lr_scheduler_configs],
-        "stream": loader.flattened[0].state_dict(),
+        "loader": module.train_loader.state_dict(),
         "tokens": module.tokens_seen,
-        "epoch": run.current_epoch,
-        "batches": run.fit_loop.epoch_loop.total_batch_idx,
+        "step": run.global_step,
         "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
     }
 
@@ -146,34 +148,20 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def stop_and_resume(
-    folder: Path,
-    place: Path,
-    stops: list[tuple[str, int]],
-    missed_is_fine: bool = False,
-    **kind: Any,
+    folder: Path, place: Path, stops: list[int], **kind: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train with interruptions, each saved by a callback in a hook; state and curves at the end."""
-    path, resume, purge_step = place / "stop.ckpt", None, None
-    for hook, count in stops:
-        stop = StopAt(hook, count, path)
-        try:
-            done = run(folder, place, stop, resume=resume, purge_step=purge_step, **kind)
-        except StopError:
-            resume = path
-            _number_events(place)
-            checkpoint = torch.load(path, weights_only=True)
-            purge_step = checkpoint["hlbgpt"]["log_step"]
-            if checkpoint["global_step"] == kind.get("max_steps", MAX_STEPS):
-                assert missed_is_fine  # nothing left to do
-                hypothesis.reject()
-        else:
-            assert missed_is_fine
-            return state_of(*done), curves(place)
-    done = run(folder, place, resume=resume, purge_step=purge_step, **kind)
+    """Train with interruptions after each step of `stops`; state and curves at the end."""
+    path, resume = place / "stop.ckpt", None
+    for step in stops:
+        with pytest.raises(StopError):
+            run(folder, place, StopAfter(step, path), resume=resume, **kind)
+        resume = path
+        number_events(place)
+    done = run(folder, place, resume=resume, **kind)
     return state_of(*done), curves(place)
 
 
-def _number_events(place: Path) -> None:
+def number_events(place: Path) -> None:
     """Name event files in their order, which TensorBoard takes from their names.
 
     Runs of one process within a second are told apart by a counter that sorts 10 before 9.
@@ -184,75 +172,41 @@ def _number_events(place: Path) -> None:
             file.rename(folder / f"events.out.tfevents.0{number:03}")
 
 
-HOOKS = {
-    "on_train_batch_start": [2, 3, 17, 25],
-    "on_train_batch_end": [1, 4, 5, 11, 16, 20],
-    "on_validation_start": [1, 2],
-    "on_validation_batch_end": [1, 2, 4],
-    "on_validation_end": [1, 2, 3],
-    "on_train_epoch_end": [1],
-    "on_train_epoch_start": [2],
+KINDS: dict[str, dict[str, Any]] = {
+    "batch growth": {},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "four micro-batches": {"growth": 0.0, "micro_batches": 4},
+    "Lightning's accumulation": {"growth": 0.0, "accumulate_grad_batches": 3},
+    "validation after each step": {"growth": 0.0, "val_check_interval": 1},
+    "every third step logged": {"log_every_n_steps": 3, "lr": 0.01},
+    "hlb041": {"recipe": "hlb041"},
+    "speedrun": {"recipe": "speedrun"},
 }
 
 
-@pytest.mark.parametrize(
-    ("hook", "count"), [(hook, count) for hook, counts in HOOKS.items() for count in counts]
-)
-def test_resume_is_exact_wherever_a_run_stops(
-    folder: Path, tmp_path: Path, whole: Any, hook: str, count: int
+@pytest.mark.parametrize("step", range(1, MAX_STEPS))
+def test_resume_is_exact_after_every_step(
+    folder: Path, tmp_path: Path, whole: Any, step: int
 ) -> None:
     state, lines = whole()
     assert len(lines["loss/train_loss"]) == MAX_STEPS
-    assert len(lines["loss/val_loss"]) >= 4
+    assert [at for at, _ in lines["loss/val_loss"]] == [4, 9, 13]  # numbered from 0
     assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
-    resumed, continued = stop_and_resume(folder, tmp_path / "run", [(hook, count)])
+    resumed, continued = stop_and_resume(folder, tmp_path / "run", [step])
     assert_same(state, resumed)
     assert_same(lines, continued)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        {"precision": "bf16-mixed"},
-        {"growth": 0.0, "accumulate_grad_batches": 3},
-        {"growth": 0.0, "val_check_interval": 1},
-        {"check_val_every_n_epoch": 1, "val_check_interval": 0.5},
-        {"log_every_n_steps": 3, "lr": 0.01},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_exact_in_every_kind_of_run(
-    folder: Path, tmp_path: Path, whole: Any, kind: dict[str, Any]
+    folder: Path, tmp_path: Path, whole: Any, kind: str
 ) -> None:
-    """Stopped four times, in other hooks each time."""
-    stops = [
-        ("on_train_batch_end", 7),
-        ("on_validation_batch_end", 2),
-        ("on_train_batch_start", 5),
-        ("on_validation_end", 1),
-    ]
-    state, lines = whole(**kind)
-    resumed, continued = stop_and_resume(folder, tmp_path / "run", stops, **kind)
-    assert_same(state, resumed)
-    assert_same(lines, continued)
-
-
-@pytest.mark.parametrize("recipe", ["hlb041", "speedrun"])
-def test_resume_is_exact_where_shapes_change(
-    folder: Path, tmp_path: Path, whole: Any, recipe: str
-) -> None:
-    """Stopped in steps of each sequence length, in the middle of accumulation too."""
-    state, lines = whole(recipe=recipe)
-    assert {length for _, length in lines["schedule/sequence_length"]} == {8, 16, 32}
-    assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
-    stops = [
-        ("on_train_batch_end", 4),
-        ("on_train_batch_start", 5),
-        ("on_validation_end", 1),
-        ("on_train_batch_end", 6),
-        ("on_train_batch_end", 3),
-    ]
-    resumed, continued = stop_and_resume(folder, tmp_path / "run", stops, recipe=recipe)
+    """Stopped five times; after steps with a validation and without, at each sequence length."""
+    state, lines = whole(**KINDS[kind])
+    if "recipe" in KINDS[kind]:
+        assert {length for _, length in lines["schedule/sequence_length"]} == {8, 16, 32}
+        assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
+    resumed, continued = stop_and_resume(folder, tmp_path / "run", [2, 5, 6, 10, 12], **KINDS[kind])
     assert_same(state, resumed)
     assert_same(lines, continued)
 
@@ -264,21 +218,7 @@ def test_resume_is_exact_when_compiled(
 ) -> None:
     kind = {"compiled": True, "precision": precision}
     state, lines = whole(**kind)
-    stops = [("on_train_batch_end", 9), ("on_validation_batch_end", 1)]
-    resumed, continued = stop_and_resume(folder, tmp_path / "run", stops, **kind)
-    assert_same(state, resumed)
-    assert_same(lines, continued)
-
-
-def test_resume_just_before_the_last_batch_of_a_pass(
-    folder: Path, tmp_path: Path, whole: Any
-) -> None:
-    """The next batch, already taken, is the last of its pass; the one before was not."""
-    kind = {"accumulate_grad_batches": 1, "val_check_interval": 1}
-    state, lines = whole(**kind)
-    resumed, continued = stop_and_resume(
-        folder, tmp_path / "run", [("on_train_batch_start", 16)], **kind
-    )
+    resumed, continued = stop_and_resume(folder, tmp_path / "run", [4, 10], **kind)
     assert_same(state, resumed)
     assert_same(lines, continued)
 
@@ -286,23 +226,31 @@ def test_resume_just_before_the_last_batch_of_a_pass(
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(
-    stops=st.lists(
-        st.tuples(st.sampled_from(sorted(HOOKS)), st.integers(1, 12)), min_size=1, max_size=3
-    ),
-    accumulate=st.integers(1, 5),
+    stops=st.sets(st.integers(1, MAX_STEPS - 1), min_size=1, max_size=3),
+    micro_batches=st.integers(1, 5),
     interval=st.integers(1, 9),
 )
 def test_resume_is_exact_for_any_stops(
     folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
     whole: Any,
-    stops: list[tuple[str, int]],
-    accumulate: int,
+    stops: set[int],
+    micro_batches: int,
     interval: int,
 ) -> None:
-    kind = {"accumulate_grad_batches": accumulate, "val_check_interval": interval}
+    kind = {"micro_batches": micro_batches, "val_check_interval": interval}
     state, lines = whole(**kind)
     place = tmp_path_factory.mktemp("stopped") / "run"
-    resumed, continued = stop_and_resume(folder, place, stops, missed_is_fine=True, **kind)
+    resumed, continued = stop_and_resume(folder, place, sorted(stops), **kind)
     assert_same(state, resumed)
     assert_same(lines, continued)
+
+
+def test_a_finished_run_is_taken_further_exactly(folder: Path, tmp_path: Path, whole: Any) -> None:
+    """Its last checkpoint was saved at the end of training."""
+    kind = {"growth": 0.0, "recipe": "baseline"}
+    state, _ = whole(**kind)
+    half, place = LastCheckpoint(), tmp_path / "run"
+    run(folder, place, half, max_steps=7, **kind)
+    resumed = run(folder, place / "on", resume=last_checkpoint(place), **kind)
+    assert_same(state, state_of(*resumed))

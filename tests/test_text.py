@@ -9,20 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from hlbgpt.data import EmbeddedText
-from hlbgpt.data.sources import (
-    SPLITS,
-    WIKITEXT_NAME,
-    WIKITEXT_REVISION,
-    HubText,
-    TextFiles,
-    draw_rows,
-    stamps,
-)
-from hlbgpt.data.token_file import identity
+from hlbgpt.data import HubText, TextFiles, TextSource
+from hlbgpt.data.hub import WIKITEXT_NAME, WIKITEXT_REVISION
+from hlbgpt.data.sources import SPLITS, file_stamps
 from hlbgpt.utils.errors import InputError
 
 
@@ -43,7 +33,7 @@ def write_rows(folder: Path, split: str, columns: dict[str, list]) -> None:
     datasets.Dataset.from_dict(columns).to_parquet(str(path))
 
 
-def joined(source: TextFiles | HubText | EmbeddedText, split: str) -> str:
+def joined(source: TextSource, split: str) -> str:
     return "".join(source.chunks(split))
 
 
@@ -91,7 +81,7 @@ def test_text_that_is_not_utf8(
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no wiki\.valid\.raw or wiki\.valid\.tokens"):
         TextFiles(folder=str(tmp_path)).path("validation")
-    with pytest.raises(InputError, match=r"data\.source\.folder: no folder '.*nowhere'"):
+    with pytest.raises(InputError, match=r"no wiki\.train\.raw .* in '.*nowhere'; add it"):
         TextFiles(folder=str(tmp_path / "nowhere")).path("train")
     with pytest.raises(InputError, match=r"data\.source\.test: no file 'gone\.txt'"):
         TextFiles(folder=str(tmp_path), test="gone.txt").path("test")
@@ -120,27 +110,20 @@ def test_hub_layout_mistakes_are_named(tmp_path: Path) -> None:
     folder = write_hub_layout(tmp_path / "hub", {"train": "words \n"})
     with pytest.raises(InputError, match=r"has no test split, only train; use"):
         joined(HubText(path=str(folder)), "test")
-    with pytest.raises(InputError, match=r"no column 'body', only text"):
+    with pytest.raises(InputError, match=r"no text column 'body'; its columns are text \(string\)"):
         joined(HubText(path=str(folder), text_column="body"), "train")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"no parquet")
     with pytest.raises(InputError, match=r"data\.source: cannot load .*broken: "):
         joined(HubText(path=str(tmp_path / "broken")), "train")
-    with pytest.raises(InputError, match=r"data\.source\.path: no folder './nowhere'"):
-        HubText(path="./nowhere").fingerprint("train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no parquet files"):
-        HubText(path=str(tmp_path / "empty")).fingerprint("train")
+    for folder in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=rf"data\.source: cannot load {folder}: "):
+            joined(HubText(path=str(folder)), "train")
 
 
 def test_hub_fingerprint_pins_the_revision() -> None:
     assert HubText().fingerprint("train") != HubText(revision="main").fingerprint("train")
-
-
-def test_tokens_of_wikitext_are_found_again() -> None:
-    """What was tokenized when name and revision still had WikiText's for defaults."""
-    named = "Salesforce/wikitext/wikitext-103-raw-v1@b08601e04326c79dfdd32d625aee71d232d685c3"
-    assert identity(HubText(), "train") == f"hlbgpt.data.sources.HubText:hub:{named}:text"
 
 
 def test_the_path_of_a_data_set_is_enough() -> None:
@@ -172,84 +155,68 @@ def test_rows_of_other_data_sets_are_documents(
 
 @pytest.mark.usefixtures("hub_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
-def test_splits_that_are_missing_are_drawn(
-    tmp_path: Path,
-    has_validation: bool,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_missing_splits_are_drawn_from_the_train_rows(
+    tmp_path: Path, has_validation: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import hlbgpt.data.sources
-
-    monkeypatch.setattr(hlbgpt.data.sources, "_BLOCK_BYTES", 1000)  # several batches of rows
     write_rows(tmp_path / "hub", "train", {"text": [f"row {i}" for i in range(2000)]})
     if has_validation:
         write_rows(tmp_path / "hub", "val", {"text": ["their own"]})
     source = HubText(path=str(tmp_path / "hub"))
     rows = {split: joined(source, split).split("\n\n")[:-1] for split in SPLITS}
-    lines = [line for line in capsys.readouterr().out.splitlines() if "drawn by" in line]
-    said = "split: 100 of its 2000 train rows, drawn by their number, are taken for it"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "instead" in line]
+    said = "split: 100 of its 2000 train rows are used instead"
     missing = ["test"] if has_validation else ["validation", "test"]
     assert lines == [f"{tmp_path / 'hub'} has no {split} {said}" for split in missing]
     if has_validation:
         assert rows.pop("validation") == ["their own"]
-    drawn = draw_rows(2000)
     for split in missing:
-        assert rows[split] == [f"row {i}" for i in drawn[split]]
+        place = {"validation": 18, "test": 19}[split]
+        assert rows[split] == [f"row {i}" for i in range(place, 2000, 20)]
     every = sorted((row for part in rows.values() for row in part), key=lambda row: int(row[4:]))
     assert every == [f"row {i}" for i in range(2000)]
     for split in missing:
-        assert source.size(split) == pytest.approx(source.size("train") / 20, rel=0.01)
-
-
-@given(st.integers(10, 200_000))
-def test_rows_are_drawn_from_everywhere(total: int) -> None:
-    drawn = draw_rows(total)
-    assert drawn == draw_rows(total)
-    number = len(drawn["test"])
-    assert len(drawn["validation"]) == number
-    assert number <= max(total // 10, 100)
-    assert min(total // 10, 100) <= number <= 1000
-    both = sorted([*drawn["validation"], *drawn["test"]])
-    assert len(set(both)) == 2 * number
-    assert both[0] >= 0
-    assert both[-1] < total
-    every = total // number
-    for rows in drawn.values():
-        assert [row // every for row in rows] == list(range(number))
-    assert number < 100 or len({row % every for row in drawn["test"]}) > min(every, 10) // 2
+        assert source.size(split) == pytest.approx(
+            source.size("train") / (20 - len(missing)), rel=0.01
+        )
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_splits_that_cannot_be_drawn_are_named(tmp_path: Path) -> None:
+def test_a_thousand_rows_of_a_large_data_set_are_enough(tmp_path: Path) -> None:
+    write_rows(tmp_path / "hub", "train", {"text": [str(i) for i in range(50_000)]})
+    source = HubText(path=str(tmp_path / "hub"))
+    assert joined(source, "test").split() == [str(i) for i in range(49, 50_000, 50)]
+    assert len(joined(source, "train").split()) == 48_000
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_splits_and_columns_that_do_not_exist_are_named(tmp_path: Path) -> None:
     write_rows(tmp_path / "few", "train", {"text": ["a"] * 9, "id": [1] * 9})
-    with pytest.raises(InputError, match="9 train rows are too few to take validation and test"):
-        joined(HubText(path=str(tmp_path / "few")), "train")
-    with pytest.raises(InputError, match=r"'id' of .*few holds int64, no text; the columns are "):
+    with pytest.raises(InputError, match=r"text column 'id'; its columns are .*id \(int64\)"):
         joined(HubText(path=str(tmp_path / "few"), text_column="id"), "train")
     with pytest.raises(InputError, match="has no validation split, only train; use another"):
         joined(HubText(path=str(tmp_path / "few"), rows="lines"), "validation")
     write_rows(tmp_path / "none", "test", {"text": ["a"] * 9})
-    with pytest.raises(InputError, match="none has no train split, only test; use another"):
+    with pytest.raises(InputError, match="none has no validation split, only test; use another"):
         joined(HubText(path=str(tmp_path / "none")), "validation")
 
 
-def test_stamps_of_many_files_fit_into_a_header(tmp_path: Path) -> None:
+def test_stamps_follow_every_file(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.parquet" for i in range(100)]
     for path in paths:
         path.write_text("x")
-    before = stamps(paths)
-    assert len(before) == 64
+    before = file_stamps(paths)
+    assert file_stamps(paths) == before
     paths[50].write_text("xx")
-    assert stamps(paths) != before
-    assert str(paths[0]) in stamps(paths[:3])
+    assert file_stamps(paths) != before
+    assert file_stamps(paths[1:]) != file_stamps(paths[:-1])
 
 
-def test_embedded_text_is_documentation_and_imports_none_of_it() -> None:
+def test_python_docs_are_documentation_and_import_none_of_it() -> None:
     code = (
         "import sys\n"
-        "from hlbgpt.data import EmbeddedText\n"
+        "from hlbgpt.data import PythonDocs\n"
         "from hlbgpt.data.sources import SPLITS\n"
-        "source = EmbeddedText()\n"
+        "source = PythonDocs()\n"
         "text = {split: ''.join(source.chunks(split)) for split in SPLITS}\n"
         "assert 'turtle' not in sys.modules and 'antigravity' not in sys.modules\n"
         "assert 'datasets' not in sys.modules\n"
@@ -288,7 +255,7 @@ def test_offline_from_what_was_prepared(tmp_path: Path) -> None:
     folder = write_hub_layout(tmp_path / "hub", dict.fromkeys(SPLITS, text)) / WIKITEXT_NAME
     names = {"name": "Salesforce/wikitext", "config": WIKITEXT_NAME, "revision": WIKITEXT_REVISION}
     write_hub_cache(cache, folder, **names)
-    write_rows(tmp_path / "other", "train", {"text": ["document"] * 20})
+    write_rows(tmp_path / "other", "train", {"text": ["document"] * 40})
     names = {"name": "anyone/stories", "config": "default", "revision": "abc"}
     write_hub_cache(cache, tmp_path / "other", **names)
     code = (
@@ -307,7 +274,7 @@ def test_offline_from_what_was_prepared(tmp_path: Path) -> None:
     wikitext, *said, documents = done.stdout.splitlines()
     assert ast.literal_eval(wikitext) == text
     assert ast.literal_eval(documents) == "document\n\n" * 2
-    assert "anyone/stories has no test split: 2 of its 20 train rows, drawn" in said[1]
+    assert "anyone/stories has no test split: 2 of its 40 train rows are used" in said[1]
 
 
 @pytest.mark.slow

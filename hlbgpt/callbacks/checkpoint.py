@@ -1,8 +1,9 @@
-"""The run's checkpoint: kept at every validation, at the end, and when the run is told to stop."""
+"""The run's checkpoint: saved every few minutes, at the end, and when a signal stops the run."""
 
 import math
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +15,8 @@ from torch.nn.utils import get_total_norm
 
 from hlbgpt.runs.folder import last_checkpoint, run_folder
 from hlbgpt.training.module import LanguageModule
-from hlbgpt.utils.errors import DivergedError
+from hlbgpt.utils.clock import synchronize
+from hlbgpt.utils.errors import DivergedError, InputError
 
 
 class Interrupted(SystemExit):
@@ -27,43 +29,83 @@ class Interrupted(SystemExit):
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run's folder: the state to resume or generate from.
 
-    SIGTERM and SIGINT (Ctrl-C), and on SLURM the signal that announces the end of the job, let the
-    run finish its step, save and stop; a validation under way is broken off, and made anew after a
-    resume. A second signal stops the run at once.
+    A checkpoint is saved at the end of training, and on the way after the first step that ends
+    `every_minutes` or more after the last one. So a run that is killed loses a few minutes. While
+    a checkpoint is saved the training clock stands still; the record states the time that saving
+    took.
 
-    The time it takes between validations counts as training, as it would for a user who waits.
-    Add Lightning's ModelCheckpoint for more, such as the best of several validations.
+    SIGTERM, SIGINT (Ctrl-C) and, on SLURM, the signal that announces the end of the job let the
+    run finish its step, and the validation after it, then save and stop. A second one stops the
+    run at once.
+
+    Training resumes exactly from these checkpoints because they are saved where Lightning's state
+    is consistent: after a step without a validation, or after the validation. Add Lightning's
+    `ModelCheckpoint` for more, such as the best of several validations.
 
     Args:
-        after_validation: Whether to save after each validation; it is always saved at the end.
+        every_minutes: Minutes between two checkpoints.
     """
 
-    def __init__(self, after_validation: bool = True) -> None:
-        self.after_validation = after_validation
-        self._saved_at = -1
+    def __init__(self, every_minutes: float = 5.0) -> None:
+        if not every_minutes > 0:
+            raise InputError(
+                f"checkpoint.every_minutes: {every_minutes} is not above 0; set it to a number of "
+                "minutes, such as 5"
+            )
+        self.every_minutes = every_minutes
+        self._saved_step, self._saved_at = -1, 0.0
         self._signal: int | None = None
-        self._earlier: dict[int, Any] = {}  # handlers that stood before ours
+        self._earlier: dict[int, Any] = {}  # handlers that ours replaced
 
     # --- saving -------------------------------------------------------------------------------
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = time.monotonic()
+        self._take_signals()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, LanguageModule)
+        followed_by_validation = pl_module.validation_due or trainer.should_stop
+        if pl_module.ends_step and not followed_by_validation:
+            self._save_or_stop(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A validation that stops the run is followed by the end of training.
-        if self.after_validation and not trainer.sanity_checking and not trainer.should_stop:
-            self._save(trainer)
+        assert isinstance(pl_module, LanguageModule)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.should_stop:
+            self._save_or_stop(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
+        assert isinstance(pl_module, LanguageModule)
+        if self._saved_step != trainer.global_step:
+            self._save(trainer, pl_module)
 
-    def _save(self, trainer: L.Trainer) -> None:
-        folder = run_folder(trainer)
-        if folder and trainer.state.fn == "fit" and self._saved_at != trainer.global_step:
-            self._require_finite_weights(trainer, folder)
-            # With the optimizer's state.
-            trainer.save_checkpoint(last_checkpoint(folder), weights_only=False)
-            self._saved_at = trainer.global_step  # with its validation, if one was due
+    def _save_or_stop(self, trainer: L.Trainer, module: LanguageModule) -> None:
+        due = time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        # The ranks decide together: their clocks differ, and only one may have got the signal.
+        decide = trainer.strategy.reduce_boolean_decision
+        if not decide(due or self._signal is not None, all=False):
+            return
+        self._save(trainer, module)
+        if decide(self._signal is not None, all=False):
+            self._stop(trainer, module)
+
+    def _save(self, trainer: L.Trainer, module: LanguageModule) -> None:
+        if (folder := run_folder(trainer)) is None:
+            return
+        if running := module.clock.running:
+            synchronize(module.device)
+            module.clock.stop()
+        module.checkpoint_clock.start()
+        self._require_finite_weights(trainer, folder)
+        trainer.save_checkpoint(last_checkpoint(folder), weights_only=False)
+        module.checkpoint_clock.stop()
+        if running:
+            module.clock.start()
+        module.throughput.restart()
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def _require_finite_weights(self, trainer: L.Trainer, folder: Path) -> None:
-        """Weights that are no numbers never replace good ones, whoever asks for them to be kept."""
+        """Weights that are not finite never replace good ones."""
         norm = get_total_norm(trainer.lightning_module.parameters())
         if not math.isfinite(float(norm)):
             path = last_checkpoint(folder)
@@ -76,19 +118,21 @@ class LastCheckpoint(Checkpoint):
     # --- signals ------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._take_signals(trainer)
+        self._take_signals()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._take_signals(trainer)
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
+        if trainer.sanity_checking and self._signal is not None:  # nothing to be saved yet
+            self._stop(trainer, pl_module)
 
-    def _take_signals(self, trainer: L.Trainer) -> None:
-        """Stand in for Lightning's handlers, which act in the middle of a step, until it ends."""
+    def _take_signals(self) -> None:
+        """Replace Lightning's handlers, which act in the middle of a step, until training ends."""
         if self._earlier or threading.current_thread() is not threading.main_thread():
             return
         taken = [signal.SIGTERM, signal.SIGINT]
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            taken.append(environment.requeue_signal or signal.SIGUSR1)
+        if SLURMEnvironment.detect():
+            taken.append(signal.SIGUSR1)
         self._signal = None
         self._earlier = {
             signum: signal.signal(signum, self._on_signal)
@@ -97,48 +141,31 @@ class LastCheckpoint(Checkpoint):
         }
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._signal is not None and self._signal == signum:
+        if self._signal == signum:
             raise Interrupted(signum)
         self._signal = self._signal or signum
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LanguageModule)
-        # Between two steps, after all that belongs to the one before: logs and validation too.
-        if pl_module.steps.begins_step(batch_idx):
-            self._stop_if_told(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
-        # The validation that ends a run is finished, and the run with it.
-        if trainer.state.fn == "fit" and not 0 < trainer.max_steps <= trainer.global_step:
-            self._stop_if_told(trainer, pl_module)
-
-    def _stop_if_told(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # The ranks stop together; each may have got the signal or not.
-        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
-            return
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signum = self._signal or signal.SIGTERM
         name = signal.Signals(signum).name
         folder = run_folder(trainer)
         if trainer.sanity_checking or folder is None:
             pl_module.print(f"stopped by {name} before the first step")
         else:
-            self._save(trainer)
             pl_module.print(
-                f"stopped by {name} after step {trainer.global_step}; go on with: "
+                f"stopped by {name} after step {trainer.global_step}; resume with: "
                 f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}"
             )
-            if signum not in (signal.SIGTERM, signal.SIGINT):
-                self._earlier[signum](signum, None)  # Lightning's: puts the job into SLURM's queue
+            if signum == signal.SIGUSR1 and callable(self._earlier[signum]):
+                self._earlier[signum](signum, None)  # Lightning's: puts the job back in the queue
+                for path in folder.glob("hpc_ckpt_*.ckpt"):  # would be preferred to last.ckpt
+                    path.unlink()
         raise Interrupted(signum)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._earlier = {}  # Lightning puts the old handlers back
+        self._earlier = {}  # Lightning puts the earlier handlers back
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._earlier = {}

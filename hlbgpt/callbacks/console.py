@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines on a pipe or in CI."""
+"""Progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -7,24 +7,24 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from hlbgpt.callbacks.time_to_target import TimeToTarget, in_millions
+from hlbgpt.callbacks.eta import fraction_done
+from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import require_positive
 
-_FIRST_LINE = 5.0  # seconds of training until a first plain line
+_FIRST_LINE = 5.0  # seconds of training until the first plain line
 
 
 class Console(ProgressBar):
-    """Shows step, tokens, loss, tokens a second, and when the target is to be expected.
+    """Shows step, tokens, loss, tokens per second and ETA.
 
-    Loss and speed are those last logged, every `trainer.log_every_n_steps` steps, so that nothing
-    waits for the device because of what is shown. When the target is to be expected is worked out
-    by `TimeToTarget` from the validations so far.
+    Loss and speed are the last logged ones, from every `trainer.log_every_n_steps` steps, so that
+    the display never makes the host wait for the device.
 
     Args:
-        every_seconds: Between two plain lines, where the output is no terminal.
+        every_seconds: Seconds between two plain lines, where the output is no terminal.
     """
 
     def __init__(self, every_seconds: int = 30) -> None:
@@ -33,9 +33,8 @@ class Console(ProgressBar):
         self.every_seconds = every_seconds
         self.is_enabled = True
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task = TaskID(0)
         self._next_line = 0.0
-        self._shown: dict[str, float] = {}  # last logged
 
     def disable(self) -> None:
         self.is_enabled = False
@@ -44,7 +43,7 @@ class Console(ProgressBar):
         self.is_enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Above the bar, where there is one."""
+        """Print above the progress bar, where there is one."""
         if self._bar is not None:
             self._bar.console.print(*args, markup=False, highlight=False, soft_wrap=True)
         elif self.is_enabled:
@@ -58,30 +57,24 @@ class Console(ProgressBar):
             return
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
         self._bar = Progress(*columns, console=Terminal(), refresh_per_second=4)
-        total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._task = self._bar.add_task("training", total=total, state="")
+        self._task = self._bar.add_task("training", total=1.0, state="")
         self._bar.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
-        if not self.is_enabled:
-            return
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % interval == 0 and trainer.global_step:
-            names = "train_loss", "tokens_per_second"
-            metrics = trainer.callback_metrics
-            self._shown = {name: float(metrics[name]) for name in names if name in metrics}
-            due = time.monotonic() >= self._next_line and not pl_module.steps.validation_due
-            if self._bar is None and due:
-                self._next_line = time.monotonic() + self.every_seconds
-                self.print(f"step {trainer.global_step:>6}  {self._state(trainer, pl_module)}")
         if self._bar is not None:
-            state = self._state(trainer, pl_module)
+            state = f"step {trainer.global_step}  {self._state(trainer, pl_module)}"
+            done = fraction_done(trainer, pl_module)
+            total = None if done is None else 1.0
             self._bar.update(
-                self._task, description="training", completed=trainer.global_step, state=state
+                self._task, description="training", completed=done or 0.0, total=total, state=state
             )
+        elif self.is_enabled and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self.every_seconds
+            if not pl_module.validation_due:  # which prints a line of its own
+                self.print(f"step {trainer.global_step:>6}  {self._state(trainer, pl_module)}")
 
     def on_validation_batch_start(
         self,
@@ -94,9 +87,6 @@ class Console(ProgressBar):
         if self._bar is not None:
             share = batch_idx / sum(trainer.num_val_batches)
             self._bar.update(self._task, description=f"validation {share:.0%}")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._next_line = time.monotonic() + self.every_seconds  # it has a line of its own
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()
@@ -115,11 +105,12 @@ class Console(ProgressBar):
             self._bar = None
 
     def _state(self, trainer: L.Trainer, module: LanguageModule) -> str:
-        parts = [f"{in_millions(module.tokens_seen)} tokens"]
-        if "train_loss" in self._shown:
-            parts.append(f"train_loss {self._shown['train_loss']:.4f}")
-        if "tokens_per_second" in self._shown:
-            parts.append(f"{self._shown['tokens_per_second']:,.0f} tokens/s")
+        logged = module.last_logged
+        parts = [f"{module.tokens_seen / 1e6:.2f}M tokens"]
+        if "train_loss" in logged:
+            parts.append(f"train_loss {logged['train_loss']:.4f}")
+        if "tokens_per_second" in logged:
+            parts.append(f"{logged['tokens_per_second']:,.0f} tokens/s")
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         clock = next((c for c in callbacks if isinstance(c, TimeToTarget)), None)
-        return "  ".join([*parts, *([clock.outlook(trainer)] if clock else [])])
+        return "  ".join([*parts, *([clock.eta(trainer, module)] if clock else [])])

@@ -1,21 +1,25 @@
-"""When a falling loss will meet its target."""
+"""ETA: when the target is met, extrapolated from the validations so far, or the run ends."""
 
 import math
 from collections.abc import Sequence
+
+import lightning as L
+
+from hlbgpt.training.module import LanguageModule
 
 _POINTS = 4
 
 
 def seconds_to_target(points: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Seconds from the last of `points` until the target is met; None if it is not in sight.
+    """Seconds from the last of `points` until the target is met; None if that is not in sight.
 
-    Losses fall in about a straight line over the logarithm of time; the line is fitted by least
-    squares to the last four validations. It knows nothing of a cooldown to come, with which the
-    target is met earlier.
+    Losses fall roughly linearly with the logarithm of time. The line is fitted by least squares to
+    the last four validations; it knows nothing of a cooldown to come, which makes a loss fall
+    faster.
 
     Args:
-        points: Seconds of training, above 0 and increasing, and the value then.
-        target: The value to be met.
+        points: Seconds of training, increasing, and the monitored value at that time.
+        target: Value to be met.
     """
     recent = [(math.log(seconds), value) for seconds, value in points if seconds > 0][-_POINTS:]
     if len(recent) < 2:
@@ -25,7 +29,21 @@ def seconds_to_target(points: Sequence[tuple[float, float]], target: float) -> f
     slope = sum((a - x) * (b - y) for a, b in recent) / spread if spread else 0.0
     if slope == 0 or (target - y) / slope > math.log(1e9):
         return None
-    left = math.exp(x + (target - y) / slope) - points[-1][0]
-    rises = slope > 0
-    towards = (target > recent[-1][1]) == rises
-    return max(0.0, left) if towards else None
+    if (slope > 0) != (target > recent[-1][1]):  # moving away from the target
+        return None
+    return max(0.0, math.exp(x + (target - y) / slope) - points[-1][0])
+
+
+def fraction_done(trainer: L.Trainer, module: LanguageModule) -> float | None:
+    """Part of the planned run that is over, from 0 to 1; None where no end is planned."""
+    steps = trainer.global_step, trainer.max_steps
+    tokens = module.tokens_seen, module.data.max_tokens or -1
+    done = [made / planned for made, planned in (steps, tokens) if planned > 0]
+    return min(1.0, max(done)) if done else None
+
+
+def in_words(seconds: float) -> str:
+    """A duration as people say it: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,24 +1,24 @@
-"""What hlb-gpt 0.4.1 changes while it trains: sequence length, batch and weight decay."""
+"""Sequence length and batch of hlb-gpt 0.4.1, which both change while it trains."""
 
 import random
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 
-from hlbgpt.callbacks.token_schedule import train_stream
-from hlbgpt.optim.schedules import steered_batch
+from hlbgpt.callbacks.next_step import NextStep
+from hlbgpt.optim.schedules import hlb041_micro_batches
+from hlbgpt.training.metrics import grad_norm
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import require_positive
 from hlbgpt.utils.seed import run_seed
 
 
-class SequenceGrowth(L.Callback):
+class SequenceLengthDoubling(NextStep):
     """Doubles the sequence length every so many steps, up to `data.sequence_length`.
 
-    A micro-batch keeps its tokens, up to whole windows: `data.micro_batch_size` windows of
-    `data.sequence_length`.
+    A micro-batch keeps its number of tokens, `data.micro_batch_size` x `data.sequence_length`,
+    rounded down to whole windows.
 
     Args:
         initial: Sequence length at the start.
@@ -26,71 +26,65 @@ class SequenceGrowth(L.Callback):
     """
 
     def __init__(self, initial: int = 32, every_n_steps: int = 80) -> None:
-        require_positive("SequenceGrowth ", initial=initial, every_n_steps=every_n_steps)
+        require_positive("SequenceLengthDoubling ", initial=initial, every_n_steps=every_n_steps)
         self.initial, self.every_n_steps = initial, every_n_steps
-        self._shapes: list[tuple[int, int]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        assert isinstance(pl_module, LanguageModule)
-        longest = pl_module.data.sequence_length
-        tokens = pl_module.data.micro_batch_size * longest
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            assert isinstance(pl_module, LanguageModule)
+            pl_module.train_shapes = self._shapes(pl_module)
+
+    def _shapes(self, module: LanguageModule) -> list[tuple[int, int]]:
+        """(B, T) for each sequence length."""
+        longest = module.data.sequence_length
         lengths = [min(self.initial, longest)]
         while lengths[-1] < longest:
             lengths.append(min(2 * lengths[-1], longest))
-        self._shapes = pl_module.train_shapes = [(tokens // length, length) for length in lengths]
+        return [(module.data.micro_batch_size * longest // length, length) for length in lengths]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._apply(trainer)
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._apply(trainer)
-
-    def _apply(self, trainer: L.Trainer) -> None:
-        # The step whose number is a multiple is the last of its length; the first has number 0.
+    def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
+        # As in hlb-gpt, whose steps are counted from 0: a step whose number is a multiple of
+        # `every_n_steps` is the last of its length.
         doublings = max(0, trainer.global_step - 1) // self.every_n_steps
-        train_stream(trainer).reshape(*self._shapes[min(doublings, len(self._shapes) - 1)])
+        shapes = self._shapes(module)
+        windows, length = shapes[min(doublings, len(shapes) - 1)]
+        return {"batch_size": windows, "sequence_length": length}
 
 
-class SteeredBatch(L.Callback):
+class HLB041BatchSize(NextStep):
     """Adds micro-batches to a step while the gradient norm is above where it is expected.
 
-    See `hlbgpt.optim.schedules.steered_batch`. The next step takes as many micro-batches as the whole
-    part says, one more with the fraction as the probability, and at least one. With
-    `trainer.accumulate_grad_batches` above 1, that many batches count as one.
+    The rule is `hlbgpt.optim.schedules.hlb041_micro_batches`. The next step takes as many
+    micro-batches as the whole part of its result, one more with the fraction as the probability,
+    and at least one. With `data.micro_batches` above 1, that many micro-batches count as one.
 
-    Looking at the norm waits for the device, every `every_n_steps` steps.
+    Looking at the norm makes the host wait for the device, every `every_n_steps` steps.
 
     Args:
-        rate: How fast the number of micro-batches follows, for each step between two looks.
-        every_n_steps: Steps between two looks.
+        rate: How fast the number of micro-batches follows, per step.
+        every_n_steps: Steps between two looks at the norm.
     """
 
     def __init__(self, rate: float = 0.1, every_n_steps: int = 5) -> None:
-        require_positive("SteeredBatch ", every_n_steps=every_n_steps)
+        require_positive("HLB041BatchSize ", every_n_steps=every_n_steps)
         self.rate, self.every_n_steps = rate, every_n_steps
         self.estimate = 0.0
         self.micro_batches = 1
-        self._unit = 1
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModule)
-        self._unit = trainer.accumulate_grad_batches
-        pl_module.micro_batches = self.micro_batches * self._unit
+    def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
+        return {"micro_batches": self.micro_batches * module.data.micro_batches}
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
-        if pl_module.steps.skipped:
-            return
-        step = trainer.global_step
+        step, parameters = trainer.global_step, list(pl_module.net.parameters())
         if step % self.every_n_steps == 0:
-            self.estimate = steered_batch(
+            self.estimate = hlb041_micro_batches(
                 self.estimate,
-                grad_norm=pl_module.grad_norm().item(),
-                parameters=sum(p.numel() for p in pl_module.net.parameters()),
+                grad_norm=grad_norm(parameters).item(),
+                parameters=sum(parameter.numel() for parameter in parameters),
                 step=step,
                 rate=self.rate * self.every_n_steps,
             )
@@ -98,7 +92,6 @@ class SteeredBatch(L.Callback):
         coin = random.Random(f"{run_seed()} {step}").random()
         whole = int(self.estimate)
         self.micro_batches = max(1, whole + (coin < self.estimate - whole))
-        pl_module.micro_batches = self.micro_batches * self._unit
 
     def state_dict(self) -> dict[str, Any]:
         return {"estimate": self.estimate, "micro_batches": self.micro_batches}

@@ -1,4 +1,4 @@
-"""Generated text, to see with one's own eyes what was learned."""
+"""Text samples during and after training, to see what the network has learned."""
 
 import dataclasses
 import textwrap
@@ -6,8 +6,8 @@ import textwrap
 import lightning as L
 import torch
 
-from hlbgpt.generation.sampling import Generation, continue_texts
-from hlbgpt.runs.logger import text_loggers
+from hlbgpt.generation import SamplingConfig, continue_prompts
+from hlbgpt.runs.logger import tensorboard_loggers
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError, require_positive
 
@@ -17,16 +17,16 @@ _WRAPPER = textwrap.TextWrapper(
 
 
 class Samples(L.Callback):
-    """Shows how the network continues prompts, by `model.generation`.
+    """Continues prompts with the settings of `model.sampling`.
 
-    After each validation short texts go to TensorBoard's tab "Text"; after training longer ones are
-    printed. The draws have a seed of their own, so a sample changes because the network has, and
-    training does not notice.
+    Logs short texts to TensorBoard's tab "Text" after each validation, and prints longer ones at
+    the end of training. Sampling has its own random seed, so it does not affect training, and a
+    sample changes only because the network has changed.
 
     Args:
-        prompts: Texts to continue; one, or a list.
-        max_new_tokens: Tokens to add to each after a validation, whose time they count as; at the
-            end of training it is as many as `model.generation` says.
+        prompts: Text to continue, or a list of texts.
+        max_new_tokens: Tokens to add to each prompt after a validation; this takes validation time.
+            At the end of training `model.sampling.max_new_tokens` applies.
     """
 
     def __init__(self, prompts: list[str] | str, max_new_tokens: int = 32) -> None:
@@ -34,39 +34,42 @@ class Samples(L.Callback):
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.max_new_tokens = max_new_tokens
         if not self.prompts or "" in self.prompts:
-            raise InputError("Samples prompts: empty, nothing to continue; give some text")
+            raise InputError(f"Samples prompts: {prompts!r} holds no text to continue; add some")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log short samples with the step of this validation's other values."""
         assert isinstance(pl_module, LanguageModule)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        if not (loggers := text_loggers(trainer.loggers)):
+        if not (loggers := tensorboard_loggers(trainer.loggers)):
             return
-        how = dataclasses.replace(pl_module.generation, max_new_tokens=self.max_new_tokens)
-        texts = self._continue(trainer, pl_module, how)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the validation's values
+        config = dataclasses.replace(pl_module.sampling, max_new_tokens=self.max_new_tokens)
+        texts = self._continue(trainer, pl_module, config)
+        step = trainer.global_step - 1  # Lightning numbers steps from 0
         for logger in loggers:
             for prompt, text in zip(self.prompts, texts, strict=True):
-                logger.experiment.add_text(f"samples/{prompt.strip()}", _as_block(text), step)
+                logger.experiment.add_text(f"samples/{prompt.strip()}", _as_code(text), step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print what the network writes now; in `on_train_end` the clock may still be running."""
+        """Print samples here because the clock may still be running in `on_train_end`."""
         assert isinstance(pl_module, LanguageModule)
         if not trainer.is_global_zero:
             return
         pl_module.net.eval()
         rule = "-" * 80
-        texts = f"\n{rule}\n".join(self._continue(trainer, pl_module, pl_module.generation))
+        texts = f"\n{rule}\n".join(self._continue(trainer, pl_module, pl_module.sampling))
         pl_module.print(f"samples of the trained network:\n{rule}\n{texts}\n{rule}")
 
-    def _continue(self, trainer: L.Trainer, module: LanguageModule, how: Generation) -> list[str]:
+    def _continue(
+        self, trainer: L.Trainer, module: LanguageModule, config: SamplingConfig
+    ) -> list[str]:
         data = module.data
         prompts = [torch.tensor(data.encode(text), device=module.device) for text in self.prompts]
         with trainer.precision_plugin.forward_context():
-            return continue_texts(module.net, prompts, how, data.encoding)
+            return continue_prompts(module.net, prompts, config, data.encoding)
 
 
-def _as_block(text: str) -> str:
-    """As Markdown that shows it letter by letter, in lines that fit."""
+def _as_code(text: str) -> str:
+    """Markdown of a code block, which shows every character, in lines of limited width."""
     wrapped = [part for line in text.splitlines() for part in _WRAPPER.wrap(line) or [""]]
     return "\n".join(f"    {line}" for line in wrapped)

@@ -1,4 +1,4 @@
-"""hlb-gpt's weight decay, which grows as the loss falls."""
+"""The weight decay of hlb-gpt, which grows as the loss falls."""
 
 import lightning as L
 import torch
@@ -8,18 +8,15 @@ from hlbgpt.utils.errors import InputError
 
 
 class LossScaledWeightDecay(L.Callback):
-    """Decoupled weight decay of block matrices, which grows as the loss falls.
+    """Decoupled weight decay of the block matrices, stronger the lower the loss is.
 
-    Its strength is `strength` / loss² (hlb-gpt 0.1.0), or with a base `strength` / base^loss
-    (0.4.1).
-
-    Computed on the device: a strength set in the optimizer would have to be a number on the host.
-    Give the optimizer itself `weight_decay: 0`.
+    A step multiplies these weights by 1 - lr * `strength` / loss² (hlb-gpt 0.1.0), or with a base
+    by 1 - lr * `strength` / base^loss (0.4.1). It is computed on the device, so that no step waits
+    for the host. The optimizer itself should have `weight_decay: 0`.
 
     Args:
-        strength: A step multiplies weights by 1 - lr * strength / loss², or 1 - lr * strength /
-            base^loss.
-        base: Of the exponential law.
+        strength: Strength of the decay.
+        base: Base of the exponential law; None for the square.
     """
 
     def __init__(self, strength: float = 1.5e-2, base: float | None = None) -> None:
@@ -32,11 +29,8 @@ class LossScaledWeightDecay(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
-        if pl_module.steps.skipped:
-            return
         loss = pl_module.step_loss
         decay = self.strength / (loss**2 if self.base is None else self.base**loss)
         for group in optimizer.param_groups:
             if group.get("name") == "block_matrices":
-                keep = 1 - group["lr"] * decay
-                torch._foreach_mul_(group["params"], keep)
+                torch._foreach_mul_(group["params"], 1 - group["lr"] * decay)

@@ -1,5 +1,6 @@
 """Checks of settings that Lightning or the parser would take without a word, or trip over."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ _TRAINER_LIMITS: dict[str, tuple[float, int | None]] = {
 }
 
 
-def require_sane(trainer: Any) -> None:
-    """Raise InputError for settings of the trainer with which no run can be made."""
+def check_trainer_settings(trainer: Any, *, this_machine: bool = True) -> None:
+    """Raise InputError for settings of the trainer with which no run can be made.
+
+    Args:
+        trainer: The settings.
+        this_machine: Whether the run is made here, and not just planned.
+    """
     for key, (lowest, special) in _TRAINER_LIMITS.items():
         value = getattr(trainer, key)
         if value is not None and value < lowest and value != special:
@@ -29,6 +35,8 @@ def require_sane(trainer: Any) -> None:
     for key in ("val_check_interval", "limit_train_batches"):
         if (value := getattr(trainer, key)) == 0:
             raise InputError(f"trainer.{key}: {value} is too little; set it above 0")
+    if not this_machine:
+        return
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError(
             f"trainer.accelerator: {trainer.accelerator!r} asked for, but torch "
@@ -54,7 +62,7 @@ def _require_folder(key: str, folder: Path) -> None:
         ) from error
 
 
-def require_readable_configs(arguments: list[str]) -> None:
+def require_readable_configs(arguments: Sequence[str]) -> None:
     """Raise InputError, with the file's name, for a `--config` that is no YAML mapping."""
     for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = word.partition("=")

@@ -1,15 +1,20 @@
 """From text to batches: text sources, tokenizers, token files, streams, the datamodule."""
 
 from hlbgpt.data.datamodule import TokenDataModule
-from hlbgpt.data.python_docs import EmbeddedText
-from hlbgpt.data.sources import HubText, TextFiles, TextSource
+from hlbgpt.data.hub import HubText
+from hlbgpt.data.loaders import EvalLoader, PromptLoader, TrainLoader
+from hlbgpt.data.python_docs import PythonDocs
+from hlbgpt.data.sources import TextFiles, TextSource
 from hlbgpt.data.text_folder import TextFolder
 
 __all__ = [
-    "EmbeddedText",
+    "EvalLoader",
     "HubText",
+    "PromptLoader",
+    "PythonDocs",
     "TextFiles",
     "TextFolder",
     "TextSource",
     "TokenDataModule",
+    "TrainLoader",
 ]

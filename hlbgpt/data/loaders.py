@@ -1,41 +1,47 @@
-"""Two ways through a token file, at random for training and in order for validation; prompts.
+"""Loaders: random windows for training, consecutive windows for evaluation, prompts for prediction.
 
-Shapes: B windows a batch, T predicted tokens a window. A batch is one (B, T + 1) uint16 tensor:
-`[:, :-1]` are the inputs, `[:, 1:]` the targets.
+Shapes: M micro-batches of an optimizer step, B windows of a micro-batch on each device, T predicted
+tokens of a window. A window is T + 1 tokens: `[:-1]` are the inputs, `[1:]` the targets.
 """
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hlbgpt.utils.clock import Stopwatch
 
-# Fills short windows up to T + 1; no tokenizer here has so many tokens.
-PADDING = 0xFFFF
+_ENDLESS = 1 << 40  # steps; any length keeps Lightning from reading a batch ahead
 
 
-class TokenStream:
-    """Training windows at random, without replacement, pass after pass.
+class TrainLoader:
+    """Hands out the tokens of one optimizer step at a time, without end: (M, B, T + 1).
 
-    A pass cuts the tokens into windows from a random phase and shuffles them; every window comes
-    once a pass. Batch i is computed from (seed, i) alone, so the state is a few integers. Each of
-    `world_size` ranks takes its own rows of the global batch.
+    An epoch cuts the tokens into windows from a random phase and shuffles them, so that every
+    window comes once. Each of `world_size` ranks takes its own windows of a micro-batch. Phase and
+    order depend on the seed and the epoch alone; the state is where the next window is.
 
     Args:
-        tokens: (N,) uint16.
-        batch_size: B, windows a batch and rank.
-        sequence_length: T, predicted tokens a window.
-        seed: Determines phases and order.
-        rank: Which share this stream hands out.
-        world_size: Number of shares.
-
-    The shape of batches may change on the way (`reshape`).
+        tokens: (N,) unsigned integers.
+        batch_size: B.
+        sequence_length: T.
+        micro_batches: M.
+        seed: Determines phases and orders.
+        rank: Rank of this process, of `world_size`.
 
     Attributes:
-        wait: Time that went into making batches.
-        hands_out_places: Whether to hand out `places`, for tokens that lie on the device.
+        wait: Time spent on making batches.
+
+    Raises:
+        ValueError: The tokens hold fewer windows than a micro-batch of all ranks.
     """
+
+    micro_batches: int
+    batch_size: int
+    sequence_length: int
 
     def __init__(
         self,
@@ -43,147 +49,129 @@ class TokenStream:
         *,
         batch_size: int,
         sequence_length: int,
+        micro_batches: int = 1,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        # Windows that fit from every phase: the first starts at T - 1 at the latest.
-        self.windows_per_pass = _windows_per_pass(len(tokens), sequence_length)
         self._tokens = tokens
-        self.batch_size, self.sequence_length = batch_size, sequence_length
-        self._first_shape = batch_size, sequence_length
+        self._device_tokens: Tensor | None = None
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.next_batch = self._origin = 0
-        self.wait, self.hands_out_places = Stopwatch(), False
-        self._pass: tuple[int, np.ndarray] | None = None
-        self._require_batch(self.windows_per_pass, batch_size, sequence_length)
+        self.epoch = self.next_window = 0
+        self.wait = Stopwatch()
+        self._order: tuple[Any, np.ndarray] = (None, np.empty(0, dtype=np.int64))
+        self.set_step(
+            micro_batches=micro_batches, batch_size=batch_size, sequence_length=sequence_length
+        )
+        self._position_of = self._data_identity()
 
-    def _require_batch(self, windows: int, batch_size: int, sequence_length: int) -> None:
-        if windows < (rows := batch_size * self.world_size):
+    def set_step(
+        self,
+        *,
+        micro_batches: int | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+    ) -> None:
+        """Set number and shape of the micro-batches from the next step on; None leaves as it is.
+
+        Another sequence length cuts the tokens anew, which begins a new epoch. Raises ValueError
+        for a micro-batch larger than the text.
+        """
+        length = sequence_length or self.sequence_length
+        rows = batch_size or self.batch_size
+        windows = self.windows_per_epoch(length)
+        if windows < rows * self.world_size:
             raise ValueError(
-                f"{len(self._tokens)} tokens hold {windows} windows of {sequence_length}, fewer "
-                f"than a batch of {rows}"
+                f"{len(self._tokens)} tokens hold {windows} windows of {length}, fewer "
+                f"than a batch of {rows * self.world_size}"
             )
+        self.batch_size, self.sequence_length = rows, length
+        self.micro_batches = micro_batches or self.micro_batches
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that the next step trains on, on all devices."""
+        return self.micro_batches * self.batch_size * self.sequence_length * self.world_size
+
+    def windows_per_epoch(self, sequence_length: int) -> int:
+        """Windows that fit from every phase; the last phase starts at token T - 1."""
+        return max(0, len(self._tokens) - sequence_length) // sequence_length
+
+    def keep_tokens_on(self, device: torch.device) -> None:
+        """Copy all tokens to `device`, where batches are gathered from then on."""
+        # As signed numbers, for GPUs gather no others.
+        signed = self._tokens.astype(np.uint16).view(np.int16)
+        self._device_tokens = torch.from_numpy(signed).to(device)
 
     def __len__(self) -> int:
-        """Whole batches in a pass."""
-        return self.windows_per_pass // (self.batch_size * self.world_size)
+        return _ENDLESS
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Batches without end, from where the stream stands; only taking one moves it on."""
+    def __iter__(self) -> Iterator[Tensor]:
+        """Steps from where the loader stands; only taking one moves it on."""
         while True:
             self.wait.start()
-            take = self.places if self.hands_out_places else self.batch
-            batch = take(self.next_batch)
+            step = self._gather(self._next_offsets())
             self.wait.stop()
-            self.next_batch += 1
-            yield batch
+            yield step
 
-    def batch(self, index: int) -> torch.Tensor:
-        """Batch `index` counted from the start of training (or of a new order): (B, T + 1)."""
-        windows = np.lib.stride_tricks.sliding_window_view(self._tokens, self.sequence_length + 1)
-        return torch.from_numpy(windows[self._starts_of_batch(index)])
+    def _gather(self, offsets: np.ndarray) -> Tensor:
+        """Windows that start at `offsets` (M, B): (M, B, T + 1), int32 on the CPU, else int64."""
+        if self._device_tokens is None:
+            view = np.lib.stride_tricks.sliding_window_view
+            windows = view(self._tokens, self.sequence_length + 1)
+            return torch.from_numpy(windows[offsets].astype(np.int32))
+        device = self._device_tokens.device
+        start = torch.from_numpy(offsets).to(device, non_blocking=True)
+        places = start[..., None] + torch.arange(self.sequence_length + 1, device=device)
+        return self._device_tokens[places].to(torch.int64) & 0xFFFF
 
-    def places(self, index: int) -> torch.Tensor:
-        """Where the windows of batch `index` start, and their length T: (B, 2) int64."""
-        starts = self._starts_of_batch(index)
-        return torch.from_numpy(np.stack([starts, np.full_like(starts, self.sequence_length)], 1))
-
-    def _starts_of_batch(self, index: int) -> np.ndarray:
-        first = self._origin + (index * self.world_size + self.rank) * self.batch_size
-        return self._starts(first, first + self.batch_size)
-
-    def reshape(self, batch_size: int, sequence_length: int) -> None:
-        """Hand out batches of another shape from the next one on.
-
-        With the same sequence length the order of the windows goes on; with another there is
-        another order, which starts with a new pass. Raises ValueError for a shape too large.
-        """
-        if (batch_size, sequence_length) == (self.batch_size, self.sequence_length):
-            return
-        state = self.state_dict()
-        windows = _windows_per_pass(len(self._tokens), sequence_length)
-        self._require_batch(windows, batch_size, sequence_length)
-        self.batch_size, self.sequence_length = batch_size, sequence_length
-        self.windows_per_pass, self._pass = windows, None
-        self._go_on(state)
-
-    def _starts(self, first: int, end: int) -> np.ndarray:
-        """Where windows `first` to `end`, counted over all passes, start in the tokens."""
+    def _next_offsets(self) -> np.ndarray:
+        """Where this rank's windows of the next step start in the tokens: (M, B) int64."""
+        if self._position_of != (identity := self._data_identity()):
+            self.epoch += self.next_window > 0
+            self.next_window, self._position_of = 0, identity
+        count = self.micro_batches * self.world_size * self.batch_size
         parts = []
-        while first < end:
-            number, place = divmod(first, self.windows_per_pass)
-            if self._pass is None or self._pass[0] != number:
-                self._pass = number, self._pass_starts(number)
-            parts.append(self._pass[1][place : place + end - first])
-            first += len(parts[-1])
-        return np.concatenate(parts)
+        while count:
+            order = self._epoch_offsets()
+            parts.append(order[self.next_window : self.next_window + count])
+            count -= len(parts[-1])
+            self.next_window += len(parts[-1])
+            if self.next_window == len(order):
+                self.epoch, self.next_window = self.epoch + 1, 0
+        shape = self.micro_batches, self.world_size, self.batch_size
+        return np.concatenate(parts).reshape(shape)[:, self.rank]
 
-    def _pass_starts(self, number: int) -> np.ndarray:
-        """(windows_per_pass,) starts of the windows of a pass, in the order of the pass."""
-        random = np.random.Generator(np.random.PCG64([self.seed, number]))
-        phase = random.integers(self.sequence_length)
-        return phase + self.sequence_length * random.permutation(self.windows_per_pass)
+    def _epoch_offsets(self) -> np.ndarray:
+        """Where the windows of this epoch start, in the epoch's order."""
+        if self._order[0] != (key := (self.epoch, self.sequence_length)):
+            random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+            phase = random.integers(self.sequence_length)
+            windows = self.windows_per_epoch(self.sequence_length)
+            self._order = key, phase + self.sequence_length * random.permutation(windows)
+        return self._order[1]
 
-    def _identity(self) -> dict[str, int]:
-        return {
-            "seed": self.seed,
-            "tokens": len(self._tokens),
-            "batch_size": self.batch_size,
-            "sequence_length": self.sequence_length,
-            "world_size": self.world_size,
-        }
+    def _data_identity(self) -> dict[str, int]:
+        """What determines the order of the windows: a position means nothing with another."""
+        length = self.sequence_length
+        return {"seed": self.seed, "tokens": len(self._tokens), "sequence_length": length}
 
     def state_dict(self) -> dict[str, int]:
-        rows, length = self._first_shape
-        first = {"first_batch_size": rows, "first_sequence_length": length}
-        return {"next_batch": self.next_batch, "origin": self._origin, **first, **self._identity()}
+        return {"epoch": self.epoch, "next_window": self.next_window, **self._position_of}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken, in the shape that batches had there.
-
-        Where the stream was made with another shape, its own holds. With a batch of another size
-        the order of the windows goes on; with another text, seed or sequence length there is
-        another order, which starts with a new pass.
-        """
-        first = [state.get(f"first_{key}", state[key]) for key in ("batch_size", "sequence_length")]
-        if tuple(first) == self._first_shape:
-            self.batch_size, self.sequence_length = state["batch_size"], state["sequence_length"]
-            self.windows_per_pass = _windows_per_pass(len(self._tokens), self.sequence_length)
-            self._pass = None
-        self._go_on(state)
-
-    def _go_on(self, state: dict[str, int]) -> None:
-        """Take the place of `state` over into this stream's shape."""
-        self.next_batch, self._origin = state["next_batch"], state["origin"]
-        ours = self._identity()
-        changed = {key for key in ours if ours[key] != state[key]}
-        if not changed:
-            return
-        rows = state["batch_size"] * state["world_size"]
-        self._origin, self.next_batch = state["origin"] + state["next_batch"] * rows, 0
-        if changed - {"batch_size", "world_size"}:
-            windows = _windows_per_pass(state["tokens"], state["sequence_length"])
-            passes = -(-self._origin // windows)
-            self._origin = passes * self.windows_per_pass
+        """Continue where `state` was taken; with another text or seed, in a new epoch."""
+        self.epoch, self.next_window = state["epoch"], state["next_window"]
+        self._position_of = {key: state[key] for key in self._data_identity()}
 
 
-def _windows_per_pass(tokens: int, sequence_length: int) -> int:
-    return max(0, tokens - sequence_length) // sequence_length
+class EvalLoader:
+    """Consecutive windows of T targets, in which every token but the first is predicted once.
 
+    The last window may be shorter. It and the last batch are filled up with -1, so that all
+    batches have one shape, (B, T + 1) int64. Ranks take turns, window by window.
 
-class WindowStream:
-    """Every token but the first predicted exactly once, in consecutive windows of T targets.
-
-    The last window may be shorter; it and the last batch are filled up with PADDING, so that all
-    batches have one shape. Ranks take turns, window by window.
-
-    Args:
-        tokens: (N,) uint16, at least two.
-        batch_size: B, windows a batch and rank.
-        sequence_length: T, predicted tokens a window.
-        rank: Which share this stream hands out.
-        world_size: Number of shares.
+    The arguments are those of `TrainLoader`; there must be at least two tokens.
     """
 
     def __init__(
@@ -195,8 +183,7 @@ class WindowStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if len(tokens) < 2:
-            raise ValueError(f"{len(tokens)} tokens: nothing to predict")
+        assert len(tokens) > 1, "nothing to predict"
         self._tokens = tokens
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.rank, self.world_size = rank, world_size
@@ -206,29 +193,19 @@ class WindowStream:
         """Batches, the same number on every rank."""
         return -(-self._windows // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for index in range(len(self)):
-            yield self.batch(index)
-
-    def batch(self, index: int) -> torch.Tensor:
-        """Batch `index`: (B, T + 1) uint16."""
-        batch = np.full((self.batch_size, self.sequence_length + 1), PADDING, dtype=np.uint16)
-        for row in range(self.batch_size):
-            window = (index * self.batch_size + row) * self.world_size + self.rank
-            start = window * self.sequence_length
-            tokens = self._tokens[start : start + self.sequence_length + 1]
-            if window < self._windows:
+    def __iter__(self) -> Iterator[Tensor]:
+        own_windows = iter(range(self.rank, self._windows, self.world_size))
+        for _ in range(len(self)):
+            batch = np.full((self.batch_size, self.sequence_length + 1), -1, dtype=np.int64)
+            for row, window in enumerate(islice(own_windows, self.batch_size)):
+                start = window * self.sequence_length
+                tokens = self._tokens[start : start + self.sequence_length + 1]
                 batch[row, : len(tokens)] = tokens
-        return torch.from_numpy(batch)
+            yield torch.from_numpy(batch)
 
 
-class PromptStream:
-    """Prompts in batches: lists of (t,) int64 tensors, each of a length of its own.
-
-    Args:
-        prompts: The tokens of each.
-        batch_size: Prompts in a batch, at most.
-    """
+class PromptLoader:
+    """Prompts in batches: lists of at most `batch_size` tensors (t,) int64 of any lengths t."""
 
     def __init__(self, prompts: list[list[int]], batch_size: int) -> None:
         self._prompts, self.batch_size = prompts, batch_size
@@ -236,7 +213,7 @@ class PromptStream:
     def __len__(self) -> int:
         return -(-len(self._prompts) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def __iter__(self) -> Iterator[list[Tensor]]:
         for start in range(0, len(self._prompts), self.batch_size):
             batch = self._prompts[start : start + self.batch_size]
             yield [torch.tensor(prompt, dtype=torch.int64) for prompt in batch]

@@ -1,4 +1,4 @@
-"""A text that needs no download: Python's own documentation."""
+"""Text that needs no download: Python's own documentation."""
 
 import ast
 import inspect
@@ -12,13 +12,13 @@ from pathlib import Path
 from hlbgpt.data.sources import SPLITS, TextSource
 
 
-class EmbeddedText(TextSource):
-    """The documentation that every Python installation carries: about 2 MB, nothing to download.
+class PythonDocs(TextSource):
+    """About 2 MB of documentation that comes with every Python installation.
 
-    The language reference in `pydoc_data` and the docstrings of the standard library, which are
-    parsed from the source files; no module of it is imported. A twentieth of the documents, drawn
-    by name, is the validation split, another twentieth the test split. The text differs a little
-    from one Python version to the next, so losses on it compare only within a version.
+    It consists of the language reference in `pydoc_data` and the docstrings of the standard
+    library, which are parsed from the source files without importing them. A hash of a document's
+    name decides its split: one in 20 is for validation, another for test. The text differs a
+    little between Python versions, so losses can only be compared within one version.
     """
 
     _SKIPPED = frozenset(
@@ -27,7 +27,7 @@ class EmbeddedText(TextSource):
     )
 
     def fingerprint(self, split: str) -> str:
-        return f"embedded:1:{platform.python_implementation()}:{platform.python_version()}"
+        return f"{platform.python_implementation()} {platform.python_version()}"
 
     def size(self, split: str) -> int:
         return sum(len(text.encode()) for text in self._documents[split])
@@ -39,9 +39,8 @@ class EmbeddedText(TextSource):
     def _documents(self) -> dict[str, list[str]]:
         documents: dict[str, list[str]] = {split: [] for split in SPLITS}
         for name, text in self._named_documents():
-            # By name, so that a document stays in its split when others come or go.
-            drawn = zlib.crc32(name.encode()) % 20
-            split = {0: "validation", 1: "test"}.get(drawn, "train")
+            # By name, so that documents keep their split when others are added or removed.
+            split = {0: "validation", 1: "test"}.get(zlib.crc32(name.encode()) % 20, "train")
             documents[split].append(f"= {name} =\n\n{text.strip()}\n\n")
         return documents
 
@@ -59,14 +58,14 @@ class EmbeddedText(TextSource):
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a Python file in the order of the source, without running it."""
-    owners = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    """Yield the docstrings of a Python file in source order, without running the file."""
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     pending: list[ast.AST] = [ast.parse(path.read_bytes())]
     while pending:
         node = pending.pop()
-        if isinstance(node, owners):
+        if isinstance(node, documented):
             if doc := ast.get_docstring(node):
                 heading = "" if isinstance(node, ast.Module) else f"{node.name}: "
                 yield heading + inspect.cleandoc(doc)
-            # Definitions stand in bodies, so expressions, most of the tree, need no visit.
+            # Definitions are found in bodies only, so expressions need not be searched.
             pending.extend(reversed(node.body))

@@ -1,12 +1,7 @@
-"""Tokenizers, both tiktoken encodings, and encoding of a text stream in bounded memory.
-
-White space below is Unicode's White_Space, which is what the GPT-2 pattern's `\\s` means.
-Python's `str.isspace` and `re` count four control characters more.
-"""
+"""Tokenizers (tiktoken encodings), and encoding of a text of any length in bounded memory."""
 
 import re
-import sys
-from array import array
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -17,26 +12,24 @@ from hlbgpt.utils.errors import InputError
 TokenizerName = Literal["gpt2", "bytes"]
 VOCAB_SIZES: dict[TokenizerName, int] = {"gpt2": 50257, "bytes": 256}
 
+# Unicode's White_Space, which is what `\s` means in GPT-2's pattern. Python's `\s` and
+# `str.isspace` count four control characters more.
 _SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LAST_WORD_END = re.compile(f".*[^{_SPACE}](?=[{_SPACE}])", re.DOTALL)
+# A space after white space and before white space or the end of the text.
+_INNER_SPACE = re.compile(f" (?![^{_SPACE}])(?<![^{_SPACE}] )")
+_INNER_SPACE_MARK = "\0"
 
-# A run of white space with a space inside it, and the word that follows; or the end of the text
-# after such a space. The second pattern finds it, but for its beginning, where white space is line
-# ends and single spaces; it starts with a literal, which `re` looks for much faster.
-_WIDE_RUN = re.compile(rf"[{_SPACE}]+ (?:[{_SPACE}]+[^{_SPACE}]*|\Z)")
-_BLANK_LINE = re.compile(r"\n (?:\n[ \n]*[^ \n]*|\Z)")
-_CUT = re.compile(f"[^{_SPACE}](?=[ \n])")
-
-_CHUNK_CHARS = 1 << 21
-_BLOCK_CHARS = 1 << 14
-_MEMO_PIECES = 1 << 18
-_LONGEST_PIECE = 1 << 24  # characters
-_MARK = "\0"
+_CHUNK_CHARS = 1 << 20
+_LONGEST_WORD = 1 << 24  # characters
+_CACHED_PIECES = 1 << 18
 
 
 def load_tokenizer(name: TokenizerName) -> tiktoken.Encoding:
-    """The encoding called `name`: `gpt2` (50257 tokens) or `bytes` (256, nothing to download).
+    """Return the encoding `gpt2` (50257 tokens) or `bytes` (256 tokens, nothing to download).
 
-    Raises InputError if the GPT-2 files are neither in tiktoken's cache nor to be downloaded.
+    Raises:
+        InputError: The name is unknown, or GPT-2's files are neither cached nor downloadable.
     """
     if name == "bytes":
         return tiktoken.Encoding(
@@ -49,7 +42,7 @@ def load_tokenizer(name: TokenizerName) -> tiktoken.Encoding:
         raise InputError(f"data.tokenizer: unknown tokenizer {name!r}; choose gpt2 or bytes")
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash ValueError
+    except (OSError, ValueError) as error:  # network errors are OSErrors, a wrong hash ValueError
         raise InputError(
             "data.tokenizer: cannot download the GPT-2 files vocab.bpe and encoder.json "
             f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds them, or "
@@ -57,107 +50,73 @@ def load_tokenizer(name: TokenizerName) -> tiktoken.Encoding:
         ) from error
 
 
-class StreamEncoder:
-    """Encodes text that comes in parts; the tokens equal those of encoding it all at once.
+def encode_stream(encoding: tiktoken.Encoding, parts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
+    """Encode a text that comes in parts; the tokens equal those of encoding it at once.
 
-    The GPT-2 pattern always ends a match between a character that is no white space and white
-    space, and before a space that a non-space character follows, whatever stands elsewhere. So
-    text may be cut into pieces there, mostly words with the space before them. They come again
-    and again: each distinct piece of a chunk is encoded once, and remembered for the next chunks.
+    Yields:
+        Tokens as little-endian uint16, and the number of UTF-8 bytes that they stand for.
+    """
+    cache = _PieceCache(encoding)
+    for text in _chunks(parts):
+        yield cache.encode_chunk(text), len(text.encode())
+
+
+class _PieceCache(dict[str, bytes]):
+    """Encodes text piece by piece and remembers the tokens of each piece.
+
+    GPT-2's pattern splits a text into words, each with the space before it, and byte-pair encodes
+    every word on its own. A word always ends before white space, and where white space precedes a
+    word, the last space of it belongs to the word. So the text can be cut before every space
+    except those after white space that more white space, or the end of the text, follows. The
+    resulting pieces, mostly single words, repeat so often that a dictionary is several times
+    faster than encoding them all.
+
+    Keys are pieces without the space in front, values are tokens as little-endian uint16.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding = encoding
-        self._memo: dict[str, bytes] = {}
+        super().__init__()
+        self._encoding = encoding
 
-    def encode(self, parts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
-        """Yield (tokens as little-endian uint16, UTF-8 bytes of the text they stand for)."""
-        for text in _safe_chunks(parts, _CHUNK_CHARS):
-            yield self._encode(text), len(text.encode("utf-8"))
+    def encode_chunk(self, text: str) -> bytes:
+        """Encode a text that starts and ends at a boundary of words."""
+        if _INNER_SPACE_MARK in text:
+            return self._encode(text)
+        if len(self) > _CACHED_PIECES:
+            self.clear()
+        first, *pieces = _INNER_SPACE.sub(_INNER_SPACE_MARK, text).split(" ")
+        first_tokens = self._encode(first.replace(_INNER_SPACE_MARK, " "))
+        return first_tokens + b"".join(map(self.__getitem__, pieces))
 
-    def _encode(self, text: str) -> bytes:
-        if _MARK in text:
-            return self._tokens(text)
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        # Blocks, so that a rare kind of white space slows down its own block only.
-        marked = "".join(map(_mark_cuts, _safe_chunks([text], _BLOCK_CHARS)))
-        pieces = pc.split_pattern(pa.array([marked]), _MARK).flatten().dictionary_encode()
-        tokens = [self._remembered(piece) for piece in pieces.dictionary.to_pylist()]
-        joined = pc.take(pa.array(tokens, pa.binary()), pieces.indices)
-        return joined.buffers()[2].to_pybytes()
-
-    def _remembered(self, piece: str) -> bytes:
-        tokens = self._memo.get(piece)
-        if tokens is None:
-            if len(self._memo) >= _MEMO_PIECES:
-                self._memo.clear()
-            tokens = self._memo[piece] = self._tokens(piece)
+    def __missing__(self, piece: str) -> bytes:
+        tokens = self[piece] = self._encode(" " + piece.replace(_INNER_SPACE_MARK, " "))
         return tokens
 
-    def _tokens(self, text: str) -> bytes:
-        ids = array("H", self.encoding.encode_ordinary(text))
-        if sys.byteorder == "big":
-            ids.byteswap()
-        return ids.tobytes()
+    def _encode(self, text: str) -> bytes:
+        tokens = self._encoding.encode_ordinary(text)
+        return struct.pack(f"<{len(tokens)}H", *tokens)
 
 
-def _mark_cuts(text: str) -> str:
-    """`text` with a mark at places to cut: before every space outside wide runs, before those."""
-    parts, end = [], 0
-    for start, next_end in _wide_runs(text):
-        parts += [text[end:start].replace(" ", _MARK + " "), _MARK, text[start:next_end]]
-        end = next_end
-    parts.append(text[end:].replace(" ", _MARK + " "))
-    return "".join(parts)
+def _chunks(parts: Iterable[str]) -> Iterator[str]:
+    """Yield the same text in chunks of about a million characters that end where a word ends.
 
-
-def _wide_runs(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each wide run in `text` with the word behind it."""
-    # Of all white space, only the space is printable.
-    if "  " in text or not text.replace("\n", "").isprintable():
-        yield from (match.span() for match in _WIDE_RUN.finditer(text))
-        return
-    for match in _BLANK_LINE.finditer(text):
-        start = match.start()
-        while start and text[start - 1] in " \n":
-            start -= 1
-        yield start, match.end()
-
-
-def _safe_chunks(parts: Iterable[str], size: int) -> Iterator[str]:
-    """The same text in chunks of about `size` characters, cut where no token can reach across.
-
-    Raises InputError on millions of characters without a space, for which memory has no bound.
+    Raises:
+        InputError: No white space in 16 million characters; memory would have no bound.
     """
     held, searched = "", 0
     for part in parts:
-        for start in range(0, len(part), size):
-            held += part[start : start + size]
-            if len(held) < size:
-                continue
-            if cut := _last_cut(held, searched):
-                yield held[:cut]
-                held, searched = held[cut:], 0
-                continue
+        held += part
+        if len(held) < _CHUNK_CHARS:
+            continue
+        if match := _LAST_WORD_END.match(held, searched):
+            yield held[: match.end()]
+            held, searched = held[match.end() :], 0
+        elif len(held) > _LONGEST_WORD:
+            raise InputError(
+                f"text: {_LONGEST_WORD} characters without a space or line end; is this a text "
+                "file?"
+            )
+        else:
             searched = len(held) - 1
-            if len(held) > _LONGEST_PIECE:
-                raise InputError(
-                    f"text: {_LONGEST_PIECE} characters without a space or line end; is this a "
-                    "text file?"
-                )
     if held:
         yield held
-
-
-def _last_cut(text: str, start: int) -> int | None:
-    """The last place in `text` after a non-space character and before a space or line end.
-
-    Before the character at `start` there is none.
-    """
-    for begin in (max(start, len(text) - 256), start):  # nearly always close to the end
-        found = [match.end() for match in _CUT.finditer(text, begin)]
-        if found:
-            return found[-1]
-    return None

@@ -1,7 +1,5 @@
-"""Continuing texts with a network."""
+"""Sampling: continue prompts token by token, with a KV cache where the network supports one."""
 
-import codecs
-import contextlib
 import dataclasses
 import math
 import sys
@@ -11,25 +9,24 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from hlbgpt.models import Cache, Network
+from hlbgpt.generation.detokenizer import StreamingDetokenizer
+from hlbgpt.models import KVCache, Network
 from hlbgpt.utils.errors import InputError
-
-_KEY = "model.generation."
 
 
 @dataclasses.dataclass
-class Generation:
-    """How `predict` and samples continue a prompt.
+class SamplingConfig:
+    """Settings for continuing prompts, used by `predict`, by samples and from Python.
 
     Args:
-        max_new_tokens: Tokens to add to the prompt, at most.
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Draw from the k likeliest tokens only; 0 draws from all.
-        top_p: Of those, draw from the likeliest that together reach this probability; 1 for all.
-        stop: Texts before the first of which a continuation ends.
-        stream: Whether `predict` prints a text while it grows, one after the other, and not
-            `data.eval_batch_size` together; by default on a terminal.
-        seed: Seed of the draws, the same for each prompt.
+        max_new_tokens: Maximum number of tokens to add to a prompt.
+        temperature: The logits are divided by it; 0 always takes the most likely token.
+        top_k: Sample from the k most likely tokens only; 0 means all tokens.
+        top_p: Of those, sample from the most likely ones that together reach this probability.
+        stop: A continuation ends before the first of these strings.
+        stream: Whether `predict` prints a text while it is generated, one prompt after another
+            instead of `data.eval_batch_size` at a time; null does so on a terminal only.
+        seed: Random seed; each prompt starts from it, so its text does not depend on the others.
     """
 
     max_new_tokens: int = 200
@@ -41,256 +38,182 @@ class Generation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "temperature", "top_k"):
-            if (value := getattr(self, name)) < 0:
-                raise InputError(f"{_KEY}{name}: {value} is negative; use 0 or more")
-        if not math.isfinite(self.temperature):
-            raise InputError(f"{_KEY}temperature: {self.temperature} is no number; try 0.8")
-        if not 0 < self.top_p <= 1:
-            raise InputError(
-                f"{_KEY}top_p: {self.top_p} is not above 0 and at most 1; 1 draws from all tokens"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"{_KEY}seed: {self.seed} is not from 0 to 2^64 - 1; change it")
-        if "" in self.stops:
-            raise InputError(f"{_KEY}stop: '' ends every text at once; give some text, or []")
-
-    @property
-    def stops(self) -> list[str]:
-        """`stop` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
-
-    @property
-    def streams(self) -> bool:
-        """`stream`, or what it is by default."""
-        return sys.stdout.isatty() if self.stream is None else self.stream
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        for name, valid, advice in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "use 0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "use a finite number, 0 or more"),
+            ("top_k", self.top_k >= 0, "use 0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "use more than 0 and at most 1 (all tokens)"),
+            ("stop", "" not in self.stop, "leave out the empty string; it ends every text at once"),
+            ("seed", 0 <= self.seed < 2**64, "use 0 to 2^64 - 1"),
+        ):
+            if not valid:
+                value = getattr(self, name)
+                raise InputError(f"model.sampling.{name}: {value!r} is not valid; {advice}")
 
 
-class TextWriter:
-    """Turns the tokens of one text into text, up to the first stop string of the continuation.
-
-    The first stop string is the one that is complete first, and of those the longest. Text that
-    may yet become one is held back, as are bytes that are not yet a character.
-
-    Args:
-        encoding: The tokenizer.
-        stops: Stop strings, none of them empty.
-        write: Called with each piece of the text, as soon as it is certain.
-
-    Attributes:
-        text: What was written so far.
-        ended: Whether a stop string came.
-    """
-
-    def __init__(
-        self,
-        encoding: tiktoken.Encoding,
-        stops: list[str],
-        write: Callable[[str], None] | None = None,
-    ) -> None:
-        self.text, self.ended = "", False
-        self._encoding, self._stops, self._write = encoding, stops, write
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def begin(self, prompt: list[int]) -> None:
-        """Write the tokens of a prompt, in which no stop string is looked for."""
-        self._emit(self._decoder.decode(self._encoding.decode_bytes(prompt)))
-
-    def add(self, token: int) -> bool:
-        """Take the continuation's next token; returns whether the text goes on."""
-        self._take(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
-        return not self.ended
-
-    def end(self) -> None:
-        """Write what was held back; no token comes any more."""
-        if not self.ended:
-            self._take(self._decoder.decode(b"", final=True))
-        if not self.ended:
-            self._emit(self._held)
-
-    def _take(self, piece: str) -> None:
-        self._held += piece
-        found = [
-            (start + len(stop), start)
-            for stop in self._stops
-            if (start := self._held.find(stop)) >= 0
-        ]
-        self.ended = bool(found)
-        safe = min(found)[1] if found else len(self._held) - self._overlap()
-        self._emit(self._held[:safe])
-        self._held = self._held[safe:]
-
-    def _overlap(self) -> int:
-        """Characters at the end of what is held that may be the beginning of a stop string."""
-        longest = min(len(self._held), max(map(len, self._stops), default=1) - 1)
-        for size in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
-                return size
-        return 0
-
-    def _emit(self, piece: str) -> None:
-        self.text += piece
-        if piece and self._write is not None:
-            self._write(piece)
-
-
-def continue_texts(
+def continue_prompts(
     net: Network,
     prompts: list[Tensor],
-    how: Generation,
+    config: SamplingConfig,
     encoding: tiktoken.Encoding,
     write: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Each of `prompts`, (t,) int64 and t at least 1, and its continuation as text.
+    """Continue prompts and decode them.
 
-    `write`, if given, gets the texts in order, an empty line after each; if `how.streams`, piece
-    by piece while they are made one after the other.
+    Args:
+        net: The network.
+        prompts: Tokens (t,) int64 of each prompt, t at least 1.
+        config: The settings.
+        encoding: The tokenizer.
+        write: Called with each text, in order and followed by an empty line; when streaming,
+            with pieces of it while it is generated.
+
+    Returns:
+        Each prompt with its continuation.
     """
-    if write is not None and how.streams and len(prompts) > 1:
-        return [continue_texts(net, [prompt], how, encoding, write)[0] for prompt in prompts]
-    live = write if how.streams else None
-    writers = [TextWriter(encoding, how.stops, live) for _ in prompts]
-    for writer, prompt in zip(writers, prompts, strict=True):
-        writer.begin(prompt.tolist())
+    stream = sys.stdout.isatty() if config.stream is None else config.stream
+    if write is not None and stream and len(prompts) > 1:
+        return [continue_prompts(net, [p], config, encoding, write)[0] for p in prompts]
+    write_piece = write if stream else None
+    detokenizers = [StreamingDetokenizer(encoding, config.stop, write_piece) for _ in prompts]
+    for detokenizer, prompt in zip(detokenizers, prompts, strict=True):
+        detokenizer.add_prompt(prompt.tolist())
     generate(
         net,
         prompts,
-        how,
+        config,
         vocab_size=encoding.n_vocab,
-        take=lambda row, token: writers[row].add(token),
+        on_token=lambda index, token: detokenizers[index].add_token(token),
     )
-    for writer in writers:
-        writer.end()
+    for detokenizer in detokenizers:
+        detokenizer.finalize()
         if write is not None:
-            write("\n\n" if live else f"{writer.text}\n\n")
-    return [writer.text for writer in writers]
-
-
-class _Window:
-    """The part of a growing text that fits the network's context.
-
-    When the context is full, its older half is forgotten: what is left must be read again, for it
-    has other places now, and so this comes rarely.
-    """
-
-    def __init__(self, prompt: list[int], context: int | None, seed: int) -> None:
-        self.tokens, self._context = prompt, context
-        self._start = max(0, len(prompt) - context) if context else 0
-        self._random = torch.Generator().manual_seed(seed)
-
-    @property
-    def visible(self) -> list[int]:
-        return self.tokens[self._start :]
-
-    def add(self, tokens: Tensor, share: Tensor) -> int:
-        """Draw the next token from `tokens` by their probabilities."""
-        token = int(tokens[torch.multinomial(share, 1, generator=self._random)])
-        self.tokens.append(token)
-        if self._context and len(self.tokens) - self._start > self._context:
-            self._start = len(self.tokens) - (self._context + 1) // 2
-        return token
+            write("\n\n" if stream else f"{detokenizer.text}\n\n")
+    return [detokenizer.text for detokenizer in detokenizers]
 
 
 @torch.no_grad()
 def generate(
     net: Network,
     prompts: list[Tensor],
-    how: Generation,
+    config: SamplingConfig,
     *,
     vocab_size: int,
-    take: Callable[[int, int], bool] | None = None,
+    on_token: Callable[[int, int], bool] | None = None,
     use_cache: bool = True,
 ) -> list[Tensor]:
-    """Continue each of `prompts` (t,) int64 by `how.max_new_tokens` tokens: (t + max_new_tokens,).
-
-    Only the first `vocab_size` logits are drawn from, so padding of the vocabulary never shows.
-    Past the network's context the older half of it is forgotten. The draws are made on the CPU,
-    and are the same on every device and whatever other prompts there are.
+    """Continue prompts by `config.max_new_tokens` tokens each.
 
     Args:
         net: The network.
-        prompts: Of any lengths, each at least 1.
-        how: The settings; `stop` and `stream` are not used here.
-        vocab_size: Number of the tokenizer's tokens.
-        take: Called with the number of a prompt and its next token; if it returns False, the
-            prompt is continued no further.
-        use_cache: Whether a network that can do it reads each token only once.
+        prompts: Tokens (t,) int64 of each prompt, of any lengths of at least 1.
+        config: The settings; `stop` and `stream` are not used here.
+        vocab_size: Number of the tokenizer's tokens; logits beyond it (padding) are never drawn.
+        on_token: Called with the index of a prompt and its new token. If it returns False, the
+            prompt is not continued further.
+        use_cache: Whether to use a KV cache if the network supports one; the tokens are the same.
+
+    Returns:
+        The tokens (t + max_new_tokens,) of each prompt and its continuation.
     """
+    if not prompts:
+        return []
     if not all(map(len, prompts)):
-        raise ValueError("a prompt has no tokens: nothing to continue")
-    context = net.max_sequence_length
-    windows = [_Window(prompt.tolist(), context, how.seed) for prompt in prompts]
-    rows = list(range(len(prompts)))  # of the prompts that are still continued
-    cache = None
-    if use_cache and net.reads_cache:
-        longest = max(map(len, prompts), default=0) + how.max_new_tokens
-        cache = Cache(len(prompts), min(longest, context or longest))
-    with _weights_cast_once(prompts):
-        for _ in range(how.max_new_tokens):
-            if not rows:
+        raise ValueError("prompts: one has no tokens; give each at least one token")
+    device, context = prompts[0].device, net.max_sequence_length or sys.maxsize
+    sequences = [_Sequence(prompt.tolist(), context, config.seed) for prompt in prompts]
+    active = list(range(len(prompts)))  # indices of the prompts that are still continued
+    kv_cache = None
+    if use_cache and net.supports_kv_cache:
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        kv_cache = KVCache(len(prompts), min(longest, context))
+    # Under Lightning's autocast every forward pass would cast the weights again.
+    autocast = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=autocast, cache_enabled=True):
+        for _ in range(config.max_new_tokens):
+            windows = [sequences[index].window for index in active]
+            logits = _next_token_logits(net, windows, kv_cache, device)[:, :vocab_size]
+            kept = []
+            for row, (index, scores) in enumerate(zip(active, logits.float().cpu(), strict=True)):
+                token = sequences[index].sample(scores, config)
+                if on_token is None or on_token(index, token):
+                    kept.append(row)
+            if not kept:
                 break
-            visible = [windows[row].visible for row in rows]
-            logits = _next_logits(net, visible, cache, prompts[0].device)[:, :vocab_size]
-            left = []
-            for place, (row, scores) in enumerate(zip(rows, logits.float().cpu(), strict=True)):
-                token = windows[row].add(*candidates(scores, how))
-                if take is None or take(row, token):
-                    left.append(place)
-            if len(left) < len(rows):
-                rows = [rows[place] for place in left]
-                if cache is not None:
-                    cache.keep(left)
-    return [
-        torch.tensor(window.tokens, device=prompt.device)
-        for window, prompt in zip(windows, prompts, strict=True)
-    ]
+            if len(kept) < len(active):
+                active = [active[row] for row in kept]
+                if kv_cache is not None:
+                    kv_cache.select(kept)
+    return [torch.tensor(sequence.tokens, device=device) for sequence in sequences]
 
 
-def _weights_cast_once(prompts: list[Tensor]) -> contextlib.AbstractContextManager[object]:
-    """Under autocast, keep what it makes of the weights; Lightning lets it cast at each use."""
-    device = prompts[0].device.type if prompts else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True)
+class _Sequence:
+    """The tokens of a prompt and its continuation, and the window of them that the network sees.
 
-
-def _next_logits(
-    net: Network, texts: list[list[int]], cache: Cache | None, device: torch.device
-) -> Tensor:
-    """Logits (B, V) of what follows each of `texts`, of which `cache` may hold all but the end."""
-    # `forward` past torch.compile: every length would compile anew.
-    if cache is None:
-        return torch.cat([net.forward(torch.tensor([t], device=device))[:, -1] for t in texts])
-    for row, text in enumerate(texts):
-        if cache.lengths[row] != len(text) - 1:  # a new text, or one of which a part is forgotten
-            alone = Cache(1, len(text))
-            if len(text) > 1:
-                net.forward(torch.tensor([text[:-1]], device=device), cache=alone)
-            cache.put(row, alone)
-    last = torch.tensor([text[-1:] for text in texts], device=device)
-    return net.forward(last, cache=cache)[:, -1]
-
-
-def candidates(logits: Tensor, how: Generation) -> tuple[Tensor, Tensor]:
-    """The tokens (n,) int64 to draw from by `logits` (V,), and their probabilities (n,) float64.
-
-    Temperature comes first, then top-k, then top-p; the probabilities sum to the share that is
-    left by top-p. Raises InputError for logits that are no numbers.
+    A window that outgrows the context loses its older half. The rest changes position and must be
+    read again, which dropping half at once makes rare. Tokens are drawn on the CPU, so that a seed
+    gives the same draws on every device.
     """
-    top, likeliest = logits.max(0)
-    if not top.isfinite():
+
+    def __init__(self, prompt: list[int], context: int, seed: int) -> None:
+        self.tokens, self._context = prompt, context
+        self._start = max(0, len(prompt) - context)
+        self._rng = torch.Generator().manual_seed(seed)
+
+    @property
+    def window(self) -> list[int]:
+        return self.tokens[self._start :]
+
+    def sample(self, logits: Tensor, config: SamplingConfig) -> int:
+        """Draw the next token by its logits (V,), append it and return it."""
+        tokens, probabilities = top_k_top_p(logits, config)
+        token = int(tokens[torch.multinomial(probabilities, 1, generator=self._rng)])
+        self.tokens.append(token)
+        if len(self.tokens) - self._start > self._context:
+            self._start = len(self.tokens) - (self._context + 1) // 2
+        return token
+
+
+def _next_token_logits(
+    net: Network, windows: list[list[int]], kv_cache: KVCache | None, device: torch.device
+) -> Tensor:
+    """Logits (B, V) of the token after each window.
+
+    `net.forward` bypasses torch.compile, which would compile anew for every length.
+    """
+    if kv_cache is None:
+        return torch.cat([net.forward(torch.tensor([w], device=device))[:, -1] for w in windows])
+    for row, window in enumerate(windows):
+        if kv_cache.lengths[row] != len(window) - 1:  # a new prompt, or a window that was cut
+            prefilled = KVCache(1, len(window))
+            if len(window) > 1:
+                net.forward(torch.tensor([window[:-1]], device=device), kv_cache=prefilled)
+            kv_cache.insert(row, prefilled)
+    last = torch.tensor([window[-1:] for window in windows], device=device)
+    return net.forward(last, kv_cache=kv_cache)[:, -1]
+
+
+def top_k_top_p(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Apply top-k, temperature and top-p to the logits (V,) of one position.
+
+    Returns:
+        The remaining tokens (n,) int64 and their probabilities (n,) float64, which are not
+        renormalized after top-p because `torch.multinomial` does that.
+
+    Raises:
+        InputError: The largest logit is not a finite number.
+    """
+    size = min(config.top_k or len(logits), len(logits))
+    logits, tokens = logits.double().topk(size)  # sorted; doubles allow any temperature
+    if not logits[0].isfinite():
         raise InputError(
-            f"model.net: its largest logit is {top.item()}, so nothing can be drawn; use a "
-            "checkpoint from before training broke down"
+            f"model.net: its largest logit is {logits[0].item()}, so no token can be drawn; use a "
+            "checkpoint from before training diverged"
         )
-    if how.temperature == 0:
-        return likeliest[None], torch.ones(1, dtype=torch.float64)
-    tokens = torch.arange(len(logits))
-    if 0 < how.top_k < len(logits) or how.top_p < 1:
-        logits, tokens = logits.topk(min(how.top_k or len(logits), len(logits)))  # in order
-    # As doubles, so that any temperature will do.
-    share = ((logits.double() - top) / how.temperature).softmax(-1)
-    if how.top_p < 1:
-        share[share.cumsum(-1) - share >= how.top_p] = 0
-    return tokens, share
+    if config.temperature == 0:
+        return tokens[:1], torch.ones(1, dtype=torch.float64)
+    probabilities = ((logits - logits[0]) / config.temperature).softmax(-1)
+    probabilities[probabilities.cumsum(-1) - probabilities >= config.top_p] = 0
+    return tokens, probabilities

@@ -1,21 +1,22 @@
-"""Plain torch networks; `Network` says what one takes and returns."""
+"""Networks in plain torch; `Network` defines what a network takes and returns."""
 
-from hlbgpt.models.adaptive_softmax import AdaptiveHead
-from hlbgpt.models.base import Network
+from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
+from hlbgpt.models.base import Network, token_scores
 from hlbgpt.models.fast_gpt import FastGPT
 from hlbgpt.models.gpt import GPT
 from hlbgpt.models.hlb041 import HLB041
-from hlbgpt.models.kv_cache import Cache, causal_attention
+from hlbgpt.models.kv_cache import KVCache, causal_attention
 from hlbgpt.models.lm_head import TokenScores, score
 
 __all__ = [
     "GPT",
     "HLB041",
-    "AdaptiveHead",
-    "Cache",
+    "AdaptiveSoftmax",
     "FastGPT",
+    "KVCache",
     "Network",
     "TokenScores",
     "causal_attention",
     "score",
+    "token_scores",
 ]

@@ -1,31 +1,32 @@
-"""What a network takes, returns and says of itself."""
+"""The interface of all networks."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from hlbgpt.models.kv_cache import Cache
+from hlbgpt.models.kv_cache import KVCache
 from hlbgpt.models.lm_head import TokenScores
 
 
 class Network(nn.Module):
-    """Base of all networks.
+    """Base class of all networks.
 
-    Keep repeated blocks in an attribute `blocks`: the optimizer's parameter groups find the
-    matrices there (`hlbgpt.optim.muon`).
+    Keep repeated blocks in an attribute `blocks`: the optimizer's parameter groups find the block
+    matrices by this name (`hlbgpt.optim.parameter_groups`).
 
     Attributes:
         vocab_size: Number of logits, at least the number of the tokenizer's tokens.
-        max_sequence_length: Longest sequence it can read; None if there is no limit.
-        reads_cache: Whether `forward` takes a cache; without, generating text is slow. A
-            subclass whose `forward` takes none sets it back to False.
-        wants_token_counts: Whether `use_token_counts` is to be called; counting takes time.
+        max_sequence_length: Longest sequence that `forward` accepts; None for no limit.
+        supports_kv_cache: Whether `forward` accepts a `kv_cache`; without one, generation is slow.
+            A subclass whose `forward` does not accept it must set this back to False.
+        needs_token_counts: Whether `init_from_token_counts` must be called before training.
+            Counting takes time.
     """
 
     vocab_size: int
     max_sequence_length: int | None = None
-    reads_cache: bool = False
-    wants_token_counts: bool = False
+    supports_kv_cache: bool = False
+    needs_token_counts: bool = False
 
     def forward(
         self,
@@ -33,43 +34,53 @@ class Network(nn.Module):
         targets: Tensor | None = None,
         *,
         per_token: bool = False,
-        cache: Cache | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Any:
-        """Read `tokens` (B, T) int64.
+        """Compute logits or losses.
+
+        Args:
+            tokens: (B, T) int64.
+            targets: (B, T) int64; positions with -1 have no loss.
+            per_token: Whether to return the scores of each token in place of the mean loss.
+            kv_cache: Earlier tokens, which `tokens` continue. Passed only to a network that
+                `supports_kv_cache`, and never together with `targets`.
 
         Returns:
-            Logits (B, T, vocab_size) without `targets`. With `targets` (B, T), of which -1 stands
-            for no target, the mean loss in nats, or with `per_token` a `TokenScores`: see
-            `hlbgpt.models.score`, which makes both from logits.
-
-        A network that `reads_cache` is also given a `cache`, never with targets: `tokens` then
-        follow those the cache holds, and of the last one it returns the logits (B, 1, vocab_size).
-        Any other is not passed `cache`, and reads all of a text again for each new token.
+            Without `targets`: logits (B, T, vocab_size), or with a `kv_cache` those of the last
+            token (B, 1, vocab_size). With `targets`: the mean loss in nats, or with `per_token` a
+            `TokenScores`. `hlbgpt.models.score` computes both from logits.
         """
         raise NotImplementedError
 
-    def use_token_counts(self, counts: Tensor) -> None:
-        """Take how often each token comes in the training split; before the first step.
+    def init_from_token_counts(self, counts: Tensor) -> None:
+        """Initialize what depends on the token frequencies of the training split.
 
         Args:
-            counts: (tokens of the tokenizer,) int64, on the network's device.
+            counts: (number of the tokenizer's tokens,) int64, on the network's device.
         """
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of forward and backward pass for each predicted token of a window.
+        """FLOPs of the forward and backward pass for each token of a sequence.
 
-        Only matrix products and attention count, a multiplication and an addition as two, the
-        backward pass as twice the forward. Causal attention counts in full, as if every token saw
-        the whole window, and nothing counts that is computed again: the habit of PaLM (arXiv
-        2204.02311, appendix B), nanoGPT and torchtitan, so that figures can be compared.
+        Counts matrix products and attention: 2 for a multiplication with an addition, and the
+        backward pass as twice the forward pass. Causal attention counts as if every token attended
+        to the whole sequence, and recomputation does not count. This is the convention of PaLM
+        (arXiv 2204.02311, appendix B), nanoGPT and torchtitan, so the numbers are comparable.
 
-        This default is 6 for each weight of an `nn.Linear`. Override it in a network that has
-        attention, which it leaves out, or a head that is no `nn.Linear`.
+        The default is 6 for each weight of an `nn.Linear`. Override it in a network with attention
+        or with an LM head that is not an `nn.Linear`.
         """
         linear = (module for module in self.modules() if isinstance(module, nn.Linear))
         return 6.0 * sum(module.weight.numel() for module in linear)
 
 
 def token_scores(net: Network, batch: Tensor) -> TokenScores:
-    """Score an evaluation batch (B, T + 1) int64, in which -1 fills up short windows."""
+    """Score an evaluation batch (B, T + 1) int64, in which short sequences are padded with -1."""
     return net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)
+
+
+def require_positive(**settings: int) -> None:
+    """Raise ValueError for the first of a network's settings that is less than 1."""
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"model.net.{name}: {value} is less than 1; set it to at least 1")

@@ -1,7 +1,10 @@
-"""The seed's GPT: the network of hlb-gpt 0.1.0 (github.com/tysam-code/hlb-gpt, main.py).
+"""GPT: the network of hlb-gpt 0.1.0 (github.com/tysam-code/hlb-gpt, main.py).
 
-What sets it apart from GPT-2: no biases anywhere, LayerNorms with a weight only, exact GELU, and
-vocabulary 50304 in place of 50257. Positions are learned, the output matrix is the embedding.
+What is unusual about it, compared with GPT-2:
+- no biases, neither in linear layers nor in LayerNorms
+- exact GELU
+- a vocabulary of 50304, a multiple of 64, in place of 50257
+As in GPT-2, positions are learned and the LM head's matrix is the embedding.
 
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
@@ -12,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import Network
-from hlbgpt.models.kv_cache import Cache, causal_attention
-from hlbgpt.models.lm_head import Classes, TokenScores
-from hlbgpt.utils.errors import InputError, require_positive
+from hlbgpt.models.base import Network, require_positive
+from hlbgpt.models.kv_cache import KVCache, causal_attention
+from hlbgpt.models.lm_head import LMHead, TokenScores
 
 
 class GPT(Network):
@@ -23,17 +25,17 @@ class GPT(Network):
 
     Args:
         vocab_size: V, at least the tokenizer's; a multiple of 64 is faster on a GPU.
-        max_sequence_length: Longest sequence it can read; it learns so many positions.
+        max_sequence_length: Longest sequence, the number of learned positions.
         width: D, of the residual stream.
         num_heads: H, attention heads of D / H each.
-        num_blocks: Blocks, each attention, then an MLP of width 4 D.
+        num_blocks: Number of blocks, each attention and an MLP of width 4 D.
         init_std: Standard deviation of the initial weights. 0.02 suits a width of 384 and more; a
-            narrow network learns to look back sooner from about 0.7 / sqrt(D).
-        loss_chunk: Tokens whose logits exist at a time; 0 for all. It changes memory and speed,
-            not the loss.
+            narrow network learns to attend sooner from about 0.7 / sqrt(D).
+        loss_chunk_tokens: Number of tokens whose logits exist in float32 at a time; 0 for all. It
+            changes memory and speed, not the loss.
     """
 
-    reads_cache = True
+    supports_kv_cache = True
 
     def __init__(
         self,
@@ -43,11 +45,10 @@ class GPT(Network):
         num_heads: int = 6,
         num_blocks: int = 6,
         init_std: float = 0.02,
-        loss_chunk: int = 0,
+        loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
         require_positive(
-            "model.net ",
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             width=width,
@@ -55,33 +56,37 @@ class GPT(Network):
             num_blocks=num_blocks,
         )
         if init_std <= 0:
-            raise InputError(f"model.net init_std: {init_std} is not above 0; try 0.02")
+            raise ValueError(f"model.net.init_std: {init_std} is not above 0; try 0.02")
         if width % num_heads:
-            raise InputError(
-                f"model.net width: {width} is not divisible by num_heads {num_heads}; "
+            raise ValueError(
+                f"model.net.width: {width} is not divisible by num_heads {num_heads}; "
                 "change one of them"
             )
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
-        self.loss_chunk = loss_chunk
+        self.loss_chunk_tokens = loss_chunk_tokens
         self.embedding = nn.Embedding(vocab_size, width)
-        self.position = nn.Embedding(max_sequence_length, width)
+        self.position_embedding = nn.Embedding(max_sequence_length, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(width, bias=False)
         self._init_weights(init_std)
 
     def _init_weights(self, std: float) -> None:
-        """Normal; what writes to the residual stream divided by sqrt(2 x blocks), as in GPT-2."""
-        residual = std / math.sqrt(2 * len(self.blocks))
+        """Draw from N(0, std), and what writes to the residual stream as in GPT-2."""
+        residual_std = std / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                writes = name.endswith("project.weight")
-                nn.init.normal_(parameter, std=residual if writes else std)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=std)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """As `Network`; a block's attention is 2 T D for the scores and again for the values."""
-        head, attention = self.embedding.weight, 4 * sequence_length * self.embedding.embedding_dim
+        """See `Network`; attention takes 2 T D for the scores and again for the values."""
+        lm_head, attention = (
+            self.embedding.weight.numel(),
+            4 * sequence_length * self.embedding.embedding_dim,
+        )
         linear = super().flops_per_token(sequence_length)
-        return linear + 6 * head.numel() + 3 * len(self.blocks) * attention
+        return linear + 6 * lm_head + 3 * len(self.blocks) * attention
 
     def forward(
         self,
@@ -89,34 +94,34 @@ class GPT(Network):
         targets: Tensor | None = None,
         *,
         per_token: bool = False,
-        cache: Cache | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
-        """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T) what `head.score` returns."""
-        if cache is None:
+        """See `Network.forward`."""
+        if kv_cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
-            cache.begin(tokens)
-            positions = cache.places
-        x = self.embedding(tokens) + self.position(positions)  # (B, T, D)
+            kv_cache.prepare(tokens)
+            positions = kv_cache.positions
+        x = self.embedding(tokens) + self.position_embedding(positions)  # (B, T, D)
         for block in self.blocks:
-            x = block(x, cache)
-        if cache is not None:
-            x = cache.end(x)
-        classes = Classes(self.embedding.weight, chunk=self.loss_chunk)
+            x = block(x, kv_cache)
+        if kv_cache is not None:
+            x = kv_cache.advance(x)  # (B, 1, D)
         x = self.norm(x)
-        return classes.logits(x) if targets is None else classes.score(x, targets, per_token)
+        lm_head = LMHead(self.embedding.weight, chunk_tokens=self.loss_chunk_tokens)
+        if targets is None:
+            return lm_head.logits(x)  # (B, T, V)
+        return lm_head.score(x, targets, per_token=per_token)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.attention = Attention(width, num_heads)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        x = x + self.attention(x, cache)
+    def forward(self, x: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(x, kv_cache)
         return x + self.mlp(x)
 
 
@@ -125,24 +130,24 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(width, bias=False)
-        self.expand = nn.Linear(width, 3 * width, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
-            for part in self.expand(self.norm(x)).chunk(3, dim=-1)
+            for part in self.qkv_proj(self.norm(x)).chunk(3, dim=-1)
         )
-        y = causal_attention(q, k, v, cache, self)
-        return self.project(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        y = causal_attention(q, k, v, kv_cache, self)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, bias=False)
-        self.expand = nn.Linear(width, 4 * width, bias=False)
-        self.project = nn.Linear(4 * width, width, bias=False)
+        self.up_proj = nn.Linear(width, 4 * width, bias=False)
+        self.down_proj = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(F.gelu(self.expand(self.norm(x))))
+        return self.down_proj(F.gelu(self.up_proj(self.norm(x))))  # (B, T, D)

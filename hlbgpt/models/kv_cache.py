@@ -1,6 +1,6 @@
-"""What a network has read of some texts, so that a next token costs one token and not all of them.
+"""KV cache for incremental decoding.
 
-Shapes: B sequences, T new tokens of each, L tokens of the longest sequence, the new ones included.
+Shapes: B sequences, T new tokens of each, L tokens of the longest sequence including new ones.
 """
 
 from collections.abc import Hashable, Sequence
@@ -10,82 +10,90 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Cache:
-    """Keys, values and the like of B sequences, each of a length of its own.
+class KVCache:
+    """Keys, values and other past states of B sequences, which may differ in length.
 
-    A forward pass calls `begin`; then `extend` or `before` wherever a token looks at earlier ones,
-    each with a key of its own; and at last `end`.
+    A forward pass calls `prepare` first, then `append` or `shift` in every layer that uses earlier
+    tokens, each with a unique key, and `advance` last.
 
     Args:
         batch_size: B.
-        length: Most tokens that a sequence may come to.
+        max_length: Maximum number of tokens of a sequence.
 
     Attributes:
-        lengths: Tokens read of each sequence.
-        places: (B, T) int64, of the new tokens; between `begin` and `end`, as the others below.
-        distance: (B, T, L) int64, from each new token to each token; above 0 for later ones.
-        mask: (B, 1, T, L) bool, which tokens each new one may look at; None if it is all.
+        lengths: Number of cached tokens of each sequence.
+        max_length: As above.
+        positions: (B, T) int64, positions of the new tokens. This and the following attributes are
+            set by `prepare`.
+        distance: (B, T, L) int64, position of each token minus that of each new token; above 0 for
+            later tokens.
+        mask: (B, 1, T, L) bool, True where a new token may attend; None if it may everywhere.
     """
 
-    places: Tensor
+    positions: Tensor
     distance: Tensor
     mask: Tensor | None
 
-    def __init__(self, batch_size: int, length: int) -> None:
-        self.length = length
+    def __init__(self, batch_size: int, max_length: int) -> None:
+        self.max_length = max_length
         self.lengths = [0] * batch_size
-        self._stores: dict[Hashable, Tensor] = {}  # (B, length, ...)
-        self._tails: dict[Hashable, Tensor] = {}  # (B, tokens looked back at, ...)
+        self._states: dict[Hashable, Tensor] = {}  # (B, max_length, ...)
+        self._tails: dict[Hashable, Tensor] = {}  # (B, count, ...), the last tokens for `shift`
 
-    def begin(self, tokens: Tensor) -> None:
-        """Make ready for `tokens` (B, T) behind those read. Raises ValueError if too many."""
-        new, end = tokens.shape[1], max(self.lengths) + tokens.shape[1]
-        if len(tokens) != len(self.lengths) or end > self.length:
-            raise ValueError(
-                f"cache of {len(self.lengths)} sequences of at most {self.length} tokens: cannot "
-                f"take {len(tokens)} of {end}"
-            )
-        ends = torch.tensor(self.lengths, device=tokens.device)[:, None]
-        self._rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        self.places = ends + torch.arange(new, device=tokens.device)
-        self.distance = torch.arange(end, device=tokens.device) - self.places[..., None]
-        alike = new == 1 and len(set(self.lengths)) == 1
-        self.mask = None if alike else (self.distance <= 0)[:, None]
+    def prepare(self, tokens: Tensor) -> None:
+        """Set the positions and the mask for new tokens (B, T).
 
-    def extend(self, key: Hashable, new: Tensor) -> Tensor:
-        """Append `new` (B, T, ...) to what has come under `key`: all of it (B, L, ...).
-
-        What lies behind the end of a shorter sequence means nothing; `mask` leaves it out.
+        Raises:
+            ValueError: There are too many tokens, or sequences, for the cache.
         """
-        store = self._get(self._stores, key, new, self.length)
-        store[self._rows, self.places] = new
-        return store[:, : self.distance.shape[-1]]
+        new, end = tokens.shape[1], max(self.lengths) + tokens.shape[1]
+        if len(tokens) != len(self.lengths) or end > self.max_length:
+            raise ValueError(
+                f"KV cache of {len(self.lengths)} sequences of at most {self.max_length} tokens: "
+                f"cannot take {len(tokens)} of {end}"
+            )
+        starts = torch.tensor(self.lengths, device=tokens.device)[:, None]
+        self._rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        self.positions = starts + torch.arange(new, device=tokens.device)
+        self.distance = torch.arange(end, device=tokens.device) - self.positions[..., None]
+        all_visible = new == 1 and len(set(self.lengths)) == 1
+        self.mask = None if all_visible else (self.distance <= 0)[:, None]
 
-    def before(self, key: Hashable, new: Tensor, count: int) -> Tensor:
-        """`new` (B, T, ...) after the `count` before, at first zeros: (B, count + T, ...)."""
-        seen = torch.cat([self._get(self._tails, key, new, count), new], dim=1)
-        self._tails[key] = seen[:, new.shape[1] :]
-        return seen
+    def append(self, key: Hashable, new: Tensor) -> Tensor:
+        """Append new states (B, T, ...) to those under `key` and return all (B, L, ...).
 
-    def end(self, x: Tensor) -> Tensor:
-        """Count the new tokens as read: features (B, 1, D) of the last of `x` (B, T, D)."""
+        Entries beyond the end of a shorter sequence are meaningless; `mask` excludes them.
+        """
+        states = self._get(self._states, key, new, self.max_length)
+        states[self._rows, self.positions] = new
+        return states[:, : self.distance.shape[-1]]
+
+    def shift(self, key: Hashable, new: Tensor, count: int) -> Tensor:
+        """Prepend the last `count` states, zeros at first, to new ones: (B, count + T, ...)."""
+        states = torch.cat([self._get(self._tails, key, new, count), new], dim=1)
+        self._tails[key] = states[:, new.shape[1] :]
+        return states
+
+    def advance(self, x: Tensor) -> Tensor:
+        """Count the new tokens as cached and return the features (B, 1, D) of the last one."""
         self.lengths = [length + x.shape[1] for length in self.lengths]
         return x[:, -1:]
 
-    def put(self, row: int, other: "Cache") -> None:
-        """Let sequence `row` be the only one of `other`, in place of what was read of it."""
-        self.lengths[row] = size = other.lengths[0]
-        for key, store in other._stores.items():
-            self._get(self._stores, key, store, self.length)[row, :size] = store[0, :size]
+    def insert(self, row: int, other: "KVCache") -> None:
+        """Replace sequence `row` by the only sequence of `other`."""
+        self.lengths[row] = length = other.lengths[0]
+        for key, states in other._states.items():
+            ours = self._get(self._states, key, states, self.max_length)
+            ours[row, :length] = states[0, :length]
         for tail in self._tails.values():
-            tail[row] = 0  # of a sequence of which nothing was read
+            tail[row] = 0  # for an empty `other`, which has no tails
         for key, tail in other._tails.items():
             self._get(self._tails, key, tail, tail.shape[1])[row] = tail[0]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget all sequences but `rows`, which come in this order."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the sequences `rows`, in this order."""
         self.lengths = [self.lengths[row] for row in rows]
-        for table in (self._stores, self._tails):
+        for table in (self._states, self._tails):
             for key, value in table.items():
                 table[key] = value[list(rows)]
 
@@ -96,13 +104,16 @@ class Cache:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None, key: Hashable = None
+    q: Tensor, k: Tensor, v: Tensor, kv_cache: KVCache | None = None, key: Hashable = None
 ) -> Tensor:
-    """Attention of H heads (B, H, T, d) to what came before; with a cache also what it holds."""
-    if cache is None:
+    """Causal attention (B, H, T, d) of H heads.
+
+    With a `kv_cache`, tokens also attend to the cached ones, and `key` identifies the layer.
+    """
+    if kv_cache is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     k, v = (
-        cache.extend((key, name), part.transpose(1, 2)).transpose(1, 2)
-        for name, part in (("keys", k), ("values", v))
+        kv_cache.append((key, name), part.transpose(1, 2)).transpose(1, 2)
+        for name, part in (("k", k), ("v", v))
     )
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kv_cache.mask)

@@ -1,24 +1,24 @@
-"""From features to what training and evaluation need, so that logits stay inside a network.
+"""The LM head: from features to logits, losses and scores.
 
 Shapes: B sequences, T tokens, N = B x T, D width, V classes.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -1  # target without a loss
+IGNORE_INDEX = -1  # target of a position without a loss
+EVAL_CHUNK_TOKENS = 2048  # evaluation computes logits in chunks even where training does not
 
 
 class TokenScores(NamedTuple):
-    """What evaluation needs of each predicted token; both (B, T).
+    """Result of evaluating each token; both (B, T).
 
     Attributes:
         loss: Cross-entropy in nats, float32; 0 where the target is -1.
-        correct: Whether the target had the highest logit; False where the target is -1.
+        correct: Whether the target has the highest logit; False where the target is -1.
     """
 
     loss: Tensor
@@ -26,136 +26,103 @@ class TokenScores(NamedTuple):
 
 
 def score(logits: Tensor, targets: Tensor, *, per_token: bool = False) -> Tensor | TokenScores:
-    """Cross-entropy of `logits` (B, T, V) against `targets` (B, T); a target of -1 has no loss.
+    """Mean cross-entropy in nats, float32, or `TokenScores` of each token.
 
-    Returns the mean in nats over the targets, float32, or with `per_token` a `TokenScores`.
+    Args:
+        logits: (..., V).
+        targets: (...) int64; positions with -1 have no loss.
+        per_token: Whether to return `TokenScores`.
     """
     flat, labels = logits.flatten(0, -2).float(), targets.flatten()
+    losses = F.cross_entropy(flat, labels, ignore_index=IGNORE_INDEX, reduction="none")
     if not per_token:
-        return F.cross_entropy(flat, labels, ignore_index=IGNORE)
-    loss = F.cross_entropy(flat, labels, ignore_index=IGNORE, reduction="none")
-    return TokenScores(loss.view_as(targets), logits.argmax(-1) == targets)
+        return mean_loss(losses, labels)
+    return TokenScores(losses.view_as(targets), logits.argmax(-1) == targets)
 
 
-class Classes(NamedTuple):
-    """A linear classifier over V classes.
+def mean_loss(losses: Tensor, targets: Tensor) -> Tensor:
+    """Mean of `losses` over the positions that have a target; losses elsewhere must be 0."""
+    return losses.sum() / (targets >= 0).sum()
+
+
+class LMHead(NamedTuple):
+    """A linear classifier with V classes.
 
     Attributes:
         weight: (V, D).
-        bias: (V,) added to the logits, or None.
-        softcap: Logits are kept within ± this by tanh, before the bias; 0 for no cap.
-        chunk: Tokens whose logits exist at a time, in training too; 0 for all. Saves memory, and
-            time on a CPU, whose caches then hold the logits.
+        bias: (V,), constant, added to the logits after the softcap; or None.
+        softcap: Limits logits to ± this with tanh; 0 for no limit.
+        chunk_tokens: Number of tokens whose logits exist in float32 at a time; 0 for all. This
+            saves memory, and time on a CPU, where the logits of a chunk fit into the caches.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float = 0.0
-    chunk: int = 0
+    chunk_tokens: int = 0
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., V) of `x` (..., D), float32 if there is a cap or a bias."""
+        """Logits (..., V) of features (..., D), in float32 with a softcap or a bias."""
         logits = F.linear(x, self.weight)
-        if self.softcap and not torch.is_grad_enabled():  # in place, where their size matters most
-            logits = logits.float().div_(self.softcap).tanh_().mul_(self.softcap)
-        elif self.softcap:
+        if self.softcap:
             logits = self.softcap * torch.tanh(logits.float() / self.softcap)
         return logits if self.bias is None else logits.float() + self.bias
 
-    def sum_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of `x` (N, D) against `targets` (N,), summed; float32."""
-        return (
-            self._chunked(_ChunkedLoss, x, targets) if self.chunk else self.losses(x, targets).sum()
-        )
-
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of each of `x` (N, D) against `targets` (N,): (N,) float32."""
-        if self.chunk:
-            return self._chunked(_TokenLosses, x, targets)
+        """Cross-entropy (N,) in nats, float32, of features (N, D); 0 where the target is -1."""
+        if self.chunk_tokens:
+            return _ChunkedLosses.apply(
+                x, self.weight, self.bias, targets, self.softcap, self.chunk_tokens
+            )
         logits = self.logits(x).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
-    def _chunked(self, kind: type[torch.autograd.Function], x: Tensor, targets: Tensor) -> Tensor:
-        bias = self.weight.new_zeros(()) if self.bias is None else self.bias
-        return kind.apply(x, self.weight, bias, targets, self.softcap, self.chunk)
-
-    def token_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and likeliest class of each token: (N,) float32, (N,); no gradient."""
-        losses, best = [], []
-        size = self.chunk or len(x)
-        for part, wanted in zip(x.split(size), targets.split(size), strict=True):
-            logits = self.logits(part).float()
-            target = logits.gather(1, wanted.clamp(min=0)[:, None])
-            best.append(logits.argmax(-1))
-            losses.append((exponentials_(logits)[1] - target)[:, 0].where(wanted >= 0, 0.0))
-        return torch.cat(losses), torch.cat(best)
-
-    def score(self, x: Tensor, targets: Tensor, per_token: bool = False) -> Tensor | TokenScores:
-        """Mean loss or `TokenScores` of features `x` (B, T, D), as `score` makes them of logits."""
+    def score(self, x: Tensor, targets: Tensor, *, per_token: bool = False) -> Tensor | TokenScores:
+        """As `score`, of features (B, T, D) and targets (B, T)."""
         flat, labels = x.flatten(0, 1), targets.flatten()
         if not per_token:
-            return self.sum_loss(flat, labels) / (labels >= 0).sum()
-        loss, best = self.token_losses(flat, labels)
-        return TokenScores(loss.view_as(targets), best.view_as(targets) == targets)
+            return mean_loss(self.losses(flat, labels), labels)
+        size = self.chunk_tokens or EVAL_CHUNK_TOKENS
+        scores = [
+            score(self.logits(part).float(), wanted, per_token=True)  # argmax is slow in bf16
+            for part, wanted in zip(flat.split(size), labels.split(size), strict=True)
+        ]
+        loss, correct = (torch.cat(parts).view_as(targets) for parts in zip(*scores, strict=True))
+        return TokenScores(loss, correct)
 
 
-def exponentials_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Write exp(z - greatest) over `z` (..., V): the greatest, and the log of the sum; (..., 1).
+class _ChunkedLosses(torch.autograd.Function):
+    """`LMHead.losses` whose float32 logits exist for one chunk of tokens at a time.
 
-    In few passes over the logits, for their size is what takes the time.
-    """
-    top = z.amax(-1, keepdim=True)
-    return top, top + z.sub_(top).exp_().sum(-1, keepdim=True).log()
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of a linear classifier whose logits never exist all at once.
-
-    The gradient is made in the forward pass, chunk by chunk, from the same logits as the loss; so
-    nothing is computed twice. Equal to `Classes` without chunks but for rounding.
+    The forward pass also computes the gradient with respect to the raw logits and keeps it in the
+    precision of the products, 2 bytes per logit under autocast. Recomputing the logits in the
+    backward pass (`torch.utils.checkpoint`) would save this memory, but takes 1.5 to 2.9 times as
+    long on a CPU.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float,
+        chunk_tokens: int,
     ) -> Tensor:
-        low_x, low_weight = _for_products(x), _for_products(weight)
-        total = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_weight = torch.empty_like(low_x), torch.zeros_like(weight, dtype=torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            for rows, losses, grad in _chunks(low_x, low_weight, bias, targets, cap, chunk):
-                total += losses.sum()
-                torch.mm(grad, low_weight, out=grad_x[rows])
-                grad_weight += grad.T @ low_x[rows]
-        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * scale, grad_weight * scale, None, None, None, None
-
-
-class _TokenLosses(torch.autograd.Function):
-    """As `_ChunkedLoss`, for each token, so that tokens may count more or less.
-
-    How much is known in the backward pass only: until then the gradient by the logits is kept, in
-    the precision of the products.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
-    ) -> Tensor:
-        low_x, low_weight = _for_products(x), _for_products(weight)
-        all_losses = x.new_empty(len(x), dtype=torch.float32)
-        grads = low_x.new_empty(len(x), len(weight))
-        with torch.autocast(x.device.type, enabled=False):
-            for rows, losses, grad in _chunks(low_x, low_weight, bias, targets, cap, chunk):
-                all_losses[rows], grads[rows] = losses, grad
-        ctx.save_for_backward(low_x, low_weight, grads)
-        ctx.dtypes = x.dtype, weight.dtype
-        return all_losses
+        ctx.dtypes, device = (x.dtype, weight.dtype), x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+        losses = x.new_empty(len(x), dtype=torch.float32)
+        grads = x.new_empty(len(x), len(weight))
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(x), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                logits = (x[rows] @ weight.T).float()
+                losses[rows], grads[rows] = _losses_and_grad_(logits, bias, targets[rows], softcap)
+        ctx.save_for_backward(x, weight, grads)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,40 +133,19 @@ class _TokenLosses(torch.autograd.Function):
         return grad_x.to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]), None, None, None, None
 
 
-def _for_products(x: Tensor) -> Tensor:
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
-
-
-def _chunks(
-    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float, chunk: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of tokens its rows, losses, and gradient by the logits in x's precision."""
-    z = x.new_empty((min(chunk, len(x)), len(weight)), dtype=torch.float32)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
-        logits = z[: len(x[rows])].copy_(x[rows] @ weight.T)
-        losses, grad = _losses_and_gradient(logits, bias, targets[rows], cap)
-        yield rows, losses, grad.to(x.dtype)
-
-
-def _losses_and_gradient(
-    z: Tensor, bias: Tensor, targets: Tensor, cap: float
+def _losses_and_grad_(
+    z: Tensor, bias: Tensor | None, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses (N,), and their gradient by the raw logits `z` (N, V), which it is written over."""
-    slope = None
-    if cap:
-        slope = z.div_(cap).tanh_().square()
-        z.mul_(cap)
-    z += bias
-    counted = targets >= 0
-    row, column = torch.arange(len(z), device=z.device), targets.clamp(min=0)
-    wanted, top = z[row, column], z.amax(-1, keepdim=True)
+    """Losses (N,) and their gradient (N, V), which overwrites the raw logits `z` to save time."""
+    if softcap:
+        slope = 1 - z.div_(softcap).tanh_().square()
+        z *= softcap
+    if bias is not None:
+        z += bias
+    valid, index = targets[:, None] >= 0, targets.clamp(min=0)[:, None]
+    target_logit, top = z.gather(1, index), z.amax(-1, keepdim=True)
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    loss = torch.where(counted, (total.log() + top).squeeze(1) - wanted, 0.0)
-    z.div_(total)
-    z[row, column] -= 1.0
-    z *= counted[:, None]
-    if slope is not None:
-        z.mul_(slope.neg_().add_(1))
-    return loss, z
+    losses = (top + total.log() - target_logit).where(valid, 0.0)
+    z *= valid / total  # softmax; 0 where there is no target
+    z.scatter_add_(1, index, -valid.to(z.dtype))
+    return losses[:, 0], z.mul_(slope) if softcap else z

@@ -1,7 +1,7 @@
-"""Parameter groups as a table, the optimizer, and schedules as pure functions."""
+"""Parameter groups, the optimizer and schedules."""
 
 from hlbgpt.optim.muon import MuonAdamW
 from hlbgpt.optim.parameter_groups import parameter_groups
-from hlbgpt.optim.schedules import PowerLaw
+from hlbgpt.optim.schedules import PowerLaw, ScheduleRow
 
-__all__ = ["MuonAdamW", "PowerLaw", "parameter_groups"]
+__all__ = ["MuonAdamW", "PowerLaw", "ScheduleRow", "parameter_groups"]

@@ -1,4 +1,4 @@
-"""Parameter groups as a table."""
+"""The parameter groups of a network, as a table."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,33 +6,38 @@ from typing import Any
 from torch import nn
 
 
-def _is_block_matrix(name: str) -> bool:
-    """The pointer's are alike; tables of values in a block are embeddings."""
-    return name.startswith(("blocks.", "pointer.")) and not name.endswith("_table.weight")
+def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix of a block or of the pointer, other than a value embedding."""
+    inside = name.startswith(("blocks.", "pointer."))
+    return inside and parameter.ndim >= 2 and not name.endswith(".value_embed.weight")
 
 
-# Name, settings of its own, and which parameters: the first rule that fits decides.
-_GROUPS: tuple[tuple[str, dict[str, Any], Callable[[str, nn.Parameter], bool]], ...] = (
-    ("slopes", {"weight_decay": 0.0}, lambda name, p: name.endswith(".slope")),  # of positions
-    ("block_matrices", {}, lambda name, p: p.ndim >= 2 and _is_block_matrix(name)),
-    ("bigrams", {"weight_decay": 0.0}, lambda name, p: name.startswith("bigrams.")),
-    ("head", {"weight_decay": 0.0}, lambda name, p: p.ndim >= 2 and name.startswith("head.")),
-    ("embeddings", {"weight_decay": 0.0}, lambda _, p: p.ndim >= 2),  # input, positions, tied head
-    ("vectors", {"weight_decay": 0.0}, lambda _, p: p.ndim < 2),  # norms, biases, scalars
-)
+# Each parameter belongs to the first group whose rule fits its name and shape.
+RULES: dict[str, Callable[[str, nn.Parameter], bool]] = {
+    "slopes": lambda name, p: name.endswith(".slope"),  # hlb-gpt 0.4.1's attention bias
+    "block_matrices": _is_block_matrix,
+    "bigram_embedding": lambda name, p: name.startswith("bigram_embedding."),
+    "lm_head": lambda name, p: p.ndim >= 2 and name.startswith("lm_head."),
+    "embeddings": lambda name, p: p.ndim >= 2,  # tokens, positions, values; also a tied head
+    "vectors": lambda name, p: True,  # norms, biases, scalars
+}
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters of `net`, each in one group, for any torch optimizer.
+    """Sort the trainable parameters of `net` into named groups, for any torch optimizer.
 
-    Only block matrices take the weight decay given to the optimizer. Groups without a parameter
-    are left out.
+    Only `block_matrices` takes the optimizer's weight decay; in the other groups it is 0. Groups
+    without parameters are left out.
     """
-    groups: dict[str, dict[str, Any]] = {
-        name: {"params": [], "name": name, **settings} for name, settings, _ in _GROUPS
-    }
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            group = next(group for group, _, fits in _GROUPS if fits(name, parameter))
-            groups[group]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in RULES}
+    for name, parameter in trainable.items():
+        group = next(group for group, fits in RULES.items() if fits(name, parameter))
+        members[group].append(parameter)
+    assert sum(map(len, members.values())) == len(trainable)
+    return [
+        {"name": group, "params": params}
+        | ({} if group == "block_matrices" else {"weight_decay": 0.0})
+        for group, params in members.items()
+        if params
+    ]

@@ -1,31 +1,33 @@
-"""What changes while a run goes on, as pure functions: the table of a schedule, and power laws."""
+"""Schedules as pure functions: the steps that a table describes, and hlb-gpt 0.4.1's power laws."""
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the schedule: what holds from a number of tokens on.
+class ScheduleRow:
+    """A row of the schedule: the settings from a number of tokens on.
 
-    A shape (sequence length, tokens a step) or validation interval holds until a later row names
-    another. The learning-rate factor and the momentum run in straight lines from one row that
-    names them to the next. The last row is the end of the run; its shape is not used.
+    `sequence_length`, `step_tokens` and `validate_every` hold until a later row sets them again.
+    `lr` and `momentum` are interpolated linearly between the rows that set them. The last row
+    marks the end of the run; its sequence length and step size are not used.
 
     Args:
-        tokens: Tokens seen at which this row begins.
-        sequence_length: Predicted tokens in a training window.
-        step_tokens: Tokens of an optimizer step, on all devices; rounded to whole windows.
+        tokens: Tokens seen when this row begins.
+        sequence_length: Predicted tokens of a training window.
+        step_tokens: Tokens of an optimizer step on all devices, rounded to whole windows.
         lr: Factor of every group's learning rate.
-        momentum: Of Muon.
-        validate_every: Tokens between two validations; 0 for none. The last step always has one.
+        momentum: Muon's momentum.
+        validate_every: Tokens between validations; 0 for none. A validation always follows the
+            last step.
     """
 
     tokens: int
@@ -36,148 +38,121 @@ class Row:
     validate_every: int | None = None
 
 
-class Step(NamedTuple):
-    """An optimizer step as planned.
+class PlannedStep(NamedTuple):
+    """An optimizer step of a schedule."""
 
-    Attributes:
-        first_token: Tokens seen before it, on all devices.
-        sequence_length: Predicted tokens in a window.
-        batch_size: Windows in a micro-batch, on each device.
-        micro_batches: Micro-batches of the step.
-        lr: Factor of every group's learning rate.
-        momentum: Of Muon; None to leave it as it is.
-        validate: Whether a validation follows.
-    """
-
-    first_token: int
-    sequence_length: int
-    batch_size: int
+    first_token: int  # tokens seen before the step, on all devices
+    sequence_length: int  # predicted tokens of a window
+    batch_size: int  # windows in a micro-batch, on each device
     micro_batches: int
-    lr: float
-    momentum: float | None
-    validate: bool
+    lr: float  # factor of every group's learning rate
+    momentum: float | None  # Muon's; None to leave it unchanged
+    validate: bool  # whether a validation follows
 
     def tokens(self, world_size: int = 1) -> int:
-        """Tokens that it trains on, on all devices."""
+        """Predicted tokens of the step on all devices."""
         return self.sequence_length * self.batch_size * self.micro_batches * world_size
 
 
-def require_sane(table: Sequence[Row]) -> None:
+def check_table(table: Sequence[ScheduleRow]) -> None:
     """Raise ValueError for a table from which no run can be planned."""
     if len(table) < 2:
-        raise ValueError(f"{len(table)} rows; give at least a first one and the end")
+        raise ValueError(f"{len(table)} rows; give at least a first row and the end of the run")
     if table[0].tokens != 0:
-        raise ValueError(f"the first row begins at {table[0].tokens} tokens; let it be 0")
+        raise ValueError(f"the first row begins at {table[0].tokens} tokens; set it to 0")
     if not (table[0].sequence_length and table[0].step_tokens):
-        raise ValueError("the first row lacks sequence_length or step_tokens; name both")
+        raise ValueError("the first row lacks sequence_length or step_tokens; set both")
     for above, below in itertools.pairwise(table):
         if below.tokens <= above.tokens:
             raise ValueError(
-                f"a row at {below.tokens} tokens follows one at {above.tokens}; let them rise"
+                f"a row at {below.tokens} tokens follows one at {above.tokens}; sort the rows"
             )
-    for row in table:
-        for key in ("sequence_length", "step_tokens"):
-            if (value := getattr(row, key)) is not None and value < 1:
-                raise ValueError(f"{key} {value} at {row.tokens} tokens; use 1 or more")
-        for key in ("lr", "momentum", "validate_every"):
-            if (value := getattr(row, key)) is not None and value < 0:
-                raise ValueError(f"{key} {value} at {row.tokens} tokens is negative")
+    smallest = {"sequence_length": 1, "step_tokens": 1, "lr": 0, "momentum": 0, "validate_every": 0}
+    for row, (column, least) in itertools.product(table, smallest.items()):
+        value = getattr(row, column)
+        if value is not None and value < least:
+            raise ValueError(f"{column} {value} at {row.tokens} tokens; use {least} or more")
 
 
-def plan_steps(table: Sequence[Row], *, micro_batch_tokens: int, world_size: int = 1) -> list[Step]:
-    """Every step of a run, from its table.
+def plan_steps(
+    table: Sequence[ScheduleRow], *, micro_batch_tokens: int, world_size: int = 1
+) -> list[PlannedStep]:
+    """Plan every step of a run.
 
     Args:
-        table: Rows, as `require_sane` takes them.
-        micro_batch_tokens: Most tokens of a micro-batch on a device. A step is cut into equal
-            micro-batches no larger, but of one window at least.
+        table: Rows that `check_table` accepts.
+        micro_batch_tokens: Largest size of a micro-batch on a device, in tokens. A step is cut
+            into equal micro-batches up to this size, of at least one window each.
         world_size: Number of devices.
     """
-    require_sane(table)
-    steps: list[Step] = []
-    seen = 0
-    while seen < table[-1].tokens:
-        length, step_tokens = (
-            int(_holding(table, seen, key) or 0) for key in ("sequence_length", "step_tokens")
-        )
+    check_table(table)
+    steps: list[PlannedStep] = []
+    start, end = 0, table[-1].tokens
+    while start < end:
+        length = _last_row_with("sequence_length", table, start).sequence_length or 0
+        step_tokens = _last_row_with("step_tokens", table, start).step_tokens or 0
         windows = max(1, round(step_tokens / (length * world_size)))
-        batch_size, micro_batches = _cut(windows, max(1, micro_batch_tokens // length))
-        after = seen + windows * length * world_size
-        middle = (seen + after) / 2
-        lr, momentum = _between(table, middle, "lr"), _between(table, middle, "momentum")
-        steps.append(
-            Step(
-                first_token=seen,
-                sequence_length=length,
-                batch_size=batch_size,
-                micro_batches=micro_batches,
-                lr=1.0 if lr is None else lr,
-                momentum=momentum,
-                validate=_validates(table, seen, after),
-            )
+        batch_size = _largest_divisor(windows, max(1, micro_batch_tokens // length))
+        stop = start + windows * length * world_size
+        middle = (start + stop) / 2
+        lr = _interpolate("lr", table, middle)
+        step = PlannedStep(
+            first_token=start,
+            sequence_length=length,
+            batch_size=batch_size,
+            micro_batches=windows // batch_size,
+            lr=1.0 if lr is None else lr,
+            momentum=_interpolate("momentum", table, middle),
+            validate=stop >= end or _crosses_validation(table, start, stop),
         )
-        seen = after
+        steps.append(step)
+        start = stop
     return steps
 
 
-def _cut(windows: int, most: int) -> tuple[int, int]:
-    """Windows in a micro-batch, `most` at most, and how many micro-batches make up `windows`."""
-    size = next(size for size in range(min(windows, most), 0, -1) if windows % size == 0)
-    return size, windows // size
+def step_shapes(steps: Sequence[PlannedStep]) -> list[tuple[int, int]]:
+    """The distinct shapes of micro-batches (windows, predicted tokens), in order."""
+    return list(dict.fromkeys((step.batch_size, step.sequence_length) for step in steps))
 
 
-def _holding(table: Sequence[Row], tokens: float, key: str) -> float | None:
-    """The value of the last row up to `tokens` that names it."""
-    values = [getattr(row, key) for row in table if row.tokens <= tokens]
-    return next((value for value in reversed(values) if value is not None), None)
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
-def _between(table: Sequence[Row], tokens: float, key: str) -> float | None:
-    """The value on the straight line between the rows around `tokens` that name it."""
-    points = [(row.tokens, getattr(row, key)) for row in table if getattr(row, key) is not None]
-    if not points:
-        return None
-    before = max((point for point in points if point[0] <= tokens), default=points[0])
-    after = min((point for point in points if point[0] > tokens), default=before)
-    if after[0] <= before[0]:
-        return before[1]
-    share = (tokens - before[0]) / (after[0] - before[0])
-    return before[1] + share * (after[1] - before[1])
+def _last_row_with(column: str, table: Sequence[ScheduleRow], tokens: int) -> ScheduleRow:
+    """The last row up to `tokens` that sets `column`; the first row if there is none."""
+    rows = [row for row in table if row.tokens <= tokens and getattr(row, column) is not None]
+    return rows[-1] if rows else table[0]
 
 
-def _validates(table: Sequence[Row], before: int, after: int) -> bool:
-    """Whether a step from `before` to `after` passes a multiple of the interval, or is the last."""
-    if after >= table[-1].tokens:
-        return True
-    row = max(
-        (row for row in table if row.tokens <= before and row.validate_every is not None),
-        key=lambda row: row.tokens,
-        default=None,
-    )
-    if row is None or not row.validate_every:
+def _interpolate(column: str, table: Sequence[ScheduleRow], tokens: float) -> float | None:
+    """Interpolate linearly between the rows that set `column`; constant before and after them."""
+    rows = [row for row in table if getattr(row, column) is not None]
+    values = [getattr(row, column) for row in rows]
+    return float(np.interp(tokens, [row.tokens for row in rows], values)) if rows else None
+
+
+def _crosses_validation(table: Sequence[ScheduleRow], start: int, stop: int) -> bool:
+    """Whether a step from `start` to `stop` reaches a multiple of the validation interval."""
+    row = _last_row_with("validate_every", table, start)
+    if not row.validate_every:
         return False
-    before, after = before - row.tokens, after - row.tokens
-    return after // row.validate_every > before // row.validate_every
-
-
-def shapes(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
-    """Each (windows, predicted tokens) of a micro-batch that comes up, once, in order."""
-    yield from dict.fromkeys((step.batch_size, step.sequence_length) for step in steps)
+    return (stop - row.tokens) // row.validate_every > (start - row.tokens) // row.validate_every
 
 
 class PowerLaw(LRScheduler):
-    """The learning rates of hlb-gpt 0.4.1, which know no end of the run.
+    """The learning rates of hlb-gpt 0.4.1, which do not depend on the length of the run.
 
-    Warm-up in a straight line, then a power of the steps since; the head falls by another power
-    from the first step, and slopes of positions by a factor a step.
+    The learning rate warms up linearly and then follows a power law of the steps since. The LM
+    head follows another power law from the first step on, and the slopes decay exponentially.
 
     Args:
-        optimizer: With groups as `hlbgpt.optim.muon` names them.
-        warmup_steps: Steps until the full learning rate.
-        warmup_start: Factor of the first step.
-        power: Of the steps since warm-up.
-        head_power: Of the steps made, for the head.
-        slope_decay: Factor a step, for the slopes.
+        optimizer: Optimizer with groups as `hlbgpt.optim.parameter_groups` names them.
+        warmup_steps: Number of warm-up steps.
+        warmup_start: Factor in the first step.
+        power: Exponent of the steps since the warm-up.
+        head_power: Exponent of the steps, for the LM head.
+        slope_decay: Factor per step, for the slopes.
     """
 
     def __init__(
@@ -190,14 +165,14 @@ class PowerLaw(LRScheduler):
         slope_decay: float = 0.995,
     ) -> None:
         if warmup_steps < 1:
-            raise ValueError(f"warmup_steps {warmup_steps} is less than 1")
+            raise ValueError(f"warmup_steps: {warmup_steps} is less than 1; set it to at least 1")
         self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
         self.power, self.head_power, self.slope_decay = power, head_power, slope_decay
         super().__init__(optimizer)
 
     def factor(self, group: str, step: int) -> float:
-        """Factor of the group's learning rate in step number `step`, the first being 0."""
-        if group == "head":
+        """The factor of a group's learning rate in a step, counted from 0."""
+        if group == "lm_head":
             return (step + 1) ** self.head_power
         if group == "slopes":
             return self.slope_decay**step
@@ -206,26 +181,27 @@ class PowerLaw(LRScheduler):
         return (step + 1 - self.warmup_steps) ** self.power
 
     def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group in the current step."""
         return [
             base * self.factor(str(group.get("name")), self.last_epoch)
             for base, group in zip(self.base_lrs, self.optimizer.param_groups, strict=True)
         ]
 
 
-def steered_batch(
+def hlb041_micro_batches(
     estimate: float, *, grad_norm: float, parameters: int, step: int, rate: float
 ) -> float:
-    """hlb-gpt 0.4.1's number of micro-batches, a fraction, after a look at the gradient.
+    """Update hlb-gpt 0.4.1's number of micro-batches, a real number, from the gradient norm.
 
-    It rises while the norm is above a power law of the steps that networks of so many parameters
-    were seen to follow, and falls while it is below.
+    The number grows while the norm is above the expected one, a power law of the steps that was
+    fitted to networks of different sizes, and shrinks while it is below.
 
     Args:
         estimate: The number before.
-        grad_norm: Of the step's gradients, all taken as one vector.
-        parameters: Of the network.
-        step: Number of the step, the first being 0.
-        rate: How fast the number follows.
+        grad_norm: Norm of the step's gradients of all parameters.
+        parameters: Number of the network's parameters.
+        step: Number of the step, counted from 0.
+        rate: How fast the number changes.
     """
     size = math.log(parameters)
     expected = (parameters * size * (step + 0.01)) ** (-0.677 * size**-0.2)

@@ -1,1 +1,5 @@
-"""What a run will need, told without running it."""
+"""What a run will need, computed without running it."""
+
+from hlbgpt.planning.plan import Plan, Shape, plan_memory, plan_run
+
+__all__ = ["Plan", "Shape", "plan_memory", "plan_run"]

@@ -1,185 +1,160 @@
-"""A run as its settings plan it, without training, data or a GPU."""
+"""What a run will need, computed from its settings without training, data or a GPU."""
 
-import sys
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
-from hlbgpt.callbacks.token_schedule import TokenSchedule
-from hlbgpt.cli.checks import require_readable_configs, require_sane
-from hlbgpt.cli.main import CLI, RefusedError
-from hlbgpt.models import Network
-from hlbgpt.optim.schedules import Step, plan_steps
-from hlbgpt.planning.estimates import (
-    Activations,
-    Cost,
-    Fixed,
-    activation_bytes,
-    fixed_costs,
-    micro_batch_cost,
-)
-from hlbgpt.runs.config import config_name
+from hlbgpt.cli.main import Built, build
+from hlbgpt.models import AdaptiveSoftmax, Network
+from hlbgpt.optim import parameter_groups
+from hlbgpt.optim.schedules import plan_steps
+from hlbgpt.training.checks import require_context
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.hardware import Card
+from hlbgpt.utils.hardware import GPU
 
-_FULL = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-_MIXED = {"16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
-
-
-class Settings(CLI):
-    """The command line of `hlbgpt fit`, up to building the network, on `device`."""
-
-    device = "meta"  # no memory, no values
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        try:
-            super().parse_arguments(parser, args)
-        except RefusedError as error:
-            raise InputError(error.message) from None
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer.clone()
-        trainer.accelerator, trainer.default_root_dir = "cpu", None  # those of another machine
-        require_sane(trainer)
-
-    def instantiate_classes(self) -> None:
-        with torch.device(self.device):
-            self.config_init = self.parser.instantiate_classes(self.config)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+_AUTO_TOKENS = 16384  # stands for `schedule.micro_batch_tokens: auto`
+_AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class Shape(NamedTuple):
-    """Steps of one shape."""
+    """What an optimizer step trains on, on each device."""
 
-    batch_size: int
     sequence_length: int
+    micro_batch_size: int
     micro_batches: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is told of a run.
-
-    Attributes:
-        steps: In order; `notes` says what they leave out.
-        shapes: How many steps each shape has.
-        kept: Of a micro-batch of each shape; `costs` likewise.
-    """
+    """What a run will need: `steps` of each shape, and bytes of `memory` on each device."""
 
     name: str
     net: Network
-    precision: str
     devices: int
-    steps: list[Step]
-    scheduled: bool
+    steps: dict[Shape, int]
+    memory: dict[str, int]
     notes: list[str]
-    shapes: dict[Shape, int]
-    fixed: Fixed
-    kept: dict[Shape, Activations]
-    costs: dict[Shape, Cost]
 
     @property
     def tokens(self) -> int:
-        return sum(step.tokens(self.devices) for step in self.steps)
+        """Predicted tokens, on all devices."""
+        return self.devices * sum(prod(shape) * steps for shape, steps in self.steps.items())
 
     @property
     def flops(self) -> float:
-        """Of the whole run on each device."""
-        return sum(n * s.micro_batches * self.costs[s].flops for s, n in self.shapes.items())
+        """On all devices, counted as by `Network.flops_per_token`."""
+        flops = self.net.flops_per_token
+        return self.devices * sum(prod(s) * n * flops(s[0]) for s, n in self.steps.items())
 
-    @property
-    def memory(self) -> int:
-        fixed = self.fixed.weights + self.fixed.gradients + (self.fixed.optimizer or 0)
-        return fixed + max(kept.peak for kept in self.kept.values())
+    def seconds(self, gpu: GPU) -> tuple[float, float]:
+        """Estimate the shortest and longest training time, from no measurement.
 
-    def step_seconds(self, shape: Shape, card: Card) -> float:
-        return shape.micro_batches * self.costs[shape].seconds(card) + self.fixed.seconds(card)
+        Memory traffic: each micro-batch writes and reads its saved activations and their gradients,
+        and passes twice over weights, gradients and optimizer state. It overlaps with matrix
+        products at 50% of the GPU's peak, or is added to products at 30%.
+        """
+        memory = self.memory
+        fixed = memory["weights"] + memory["gradients"] + memory["optimizer state"]
+        micro_batches = sum(shape.micro_batches * steps for shape, steps in self.steps.items())
+        per_token = memory["activations"] / prod(_largest(self.steps)[:2])
+        moved = 4 * per_token * self.tokens / self.devices + 2 * fixed * micro_batches
+        products, traffic = self.flops / self.devices / gpu.flops, moved / gpu.bandwidth
+        return max(products / 0.5, traffic), products / 0.3 + traffic
 
-    def seconds(self, card: Card) -> float:
-        return sum(number * self.step_seconds(s, card) for s, number in self.shapes.items())
+
+def _largest(shapes: Iterable[Shape]) -> Shape:
+    """The shape whose micro-batches need the most memory."""
+    return max(shapes, key=lambda shape: (prod(shape[:2]), shape.sequence_length))
 
 
-def planned(words: list[str]) -> Plan:
-    """The plan of `hlbgpt fit` with these arguments; raises InputError where there is none."""
-    require_readable_configs(words)
-    sys.argv = ["hlbgpt", "fit", *words]
-    with ExitStack() as resources:
-        settings = Settings(resources)
-    config, built = settings.config["fit"], settings.config_init["fit"]
-    net, precision = built.model.net, _precision(config.trainer.precision)
-    if precision.endswith("-true"):
-        net.to(_FULL.get(precision.removesuffix("-true"), torch.float32))
-    devices = _devices(config.trainer)
-    steps, notes = _steps(config, built.schedule, devices)
-    _require_context(net, steps)
-    if precision == "32-true":
-        notes.append("trainer.precision is 32-true; times are for bf16 and too short")
+def plan_run(words: list[str]) -> Plan:
+    """Plan `hlbgpt fit` with these arguments; raises InputError if that is impossible."""
+    built = build(words, device="meta")
+    trainer, net = built.config.trainer, built.net
+    devices = trainer.num_nodes * (int(trainer.devices) if str(trainer.devices).isdigit() else 1)
+    steps, notes = _steps(built, devices)
+    key = "schedule.table sequence_length" if built.schedule.table else "data.sequence_length"
+    require_context(net, max(shape.sequence_length for shape in steps), key)
+    precision = str(trainer.precision or "32-true").removesuffix("-mixed")
+    if precision not in _AUTOCAST:
+        notes.append(f"precision {precision}: memory is planned as fp32, times as 16-bit products")
     try:
-        fixed = fixed_costs(net, built.model.optimizer)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"model.optimizer: {error}; change its init_args") from error
-    shapes = Counter(Shape(s.batch_size, s.sequence_length, s.micro_batches) for s in steps)
-    kept = {s: activation_bytes(net, *s[:2], precision=precision) for s in shapes}
-    costs = {s: micro_batch_cost(net, *s[:2], fixed=fixed, kept=kept[s]) for s in shapes}
-    name, scheduled = config_name(config.get("config")), bool(built.schedule.table)
-    return Plan(
-        name, net, precision, devices, steps, scheduled, notes, dict(shapes), fixed, kept, costs
-    )
+        memory = plan_memory(
+            net, built.optimizer, _largest(steps), autocast=_AUTOCAST.get(precision)
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"model: cannot plan this network and optimizer: {error}") from error
+    return Plan(built.name, net, devices, steps, memory, notes)
 
 
-def _precision(setting: object) -> str:
-    name = "32" if setting is None else str(setting)
-    return _MIXED.get(name, f"{name}-true" if name in ("32", "64") else name)
-
-
-def _devices(trainer: Any) -> int:
-    """Number of devices, as far as the settings say; `auto` counts as one."""
-    devices = trainer.devices
-    if isinstance(devices, str) and "," in devices:
-        devices = devices.strip(",").split(",")
-    number = len(devices) if isinstance(devices, list) else devices
-    return max(1, int(number) if str(number).isdigit() else 1) * trainer.num_nodes
-
-
-def _steps(config: Any, schedule: TokenSchedule, devices: int) -> tuple[list[Step], list[str]]:
-    """All steps of the run, and what is to be said of them."""
-    most, data = config.trainer.max_steps, config.data
+def _steps(built: Built, devices: int) -> tuple[dict[Shape, int], list[str]]:
+    """The number of steps of each shape, and notes on them."""
+    data, schedule, most = built.config.data, built.schedule, built.config.trainer.max_steps
     if schedule.table:
-        size: Any = schedule.micro_batch_tokens
-        notes = []
-        if not isinstance(size, int):
-            size = 16384
-            notes.append(f"schedule.micro_batch_tokens is found on the GPU; here it is {size:,}")
-        steps = plan_steps(schedule.table, micro_batch_tokens=size, world_size=devices)
-        return steps[: most if most > 0 else None], notes
-    if most < 1:
-        raise InputError(
-            f"trainer.max_steps: {most}, and no schedule.table: the run has no end to plan; set one"
-        )
-    length, windows = data.sequence_length, data.micro_batch_size
-    micro_batches = config.trainer.accumulate_grad_batches
-    step = Step(0, length, windows, micro_batches, 1.0, None, False)
-    notes = ["no schedule.table: data.micro_batch_size x data.sequence_length at every step"]
-    if names := [entry.class_path.split(".")[-1] for entry in config.trainer.callbacks or []]:
-        notes.append(f"callbacks may change that: {', '.join(names)}")
-    tokens = step.tokens(devices)
-    return [step._replace(first_token=i * tokens) for i in range(most)], notes
+        size, notes = schedule.micro_batch_tokens, []
+        if size == "auto":
+            size, notes = _AUTO_TOKENS, [f"micro_batch_tokens: auto is planned as {_AUTO_TOKENS:,}"]
+        planned = plan_steps(schedule.table, micro_batch_tokens=size, world_size=devices)
+        shapes = [Shape(s.sequence_length, s.batch_size, s.micro_batches) for s in planned]
+        return dict(Counter(shapes[: most if most > 0 else None])), notes
+    shape = Shape(data.sequence_length, data.micro_batch_size, data.micro_batches)
+    ends = [most] if most > 0 else []
+    if data.max_tokens is not None:
+        ends.append(ceil(data.max_tokens / (prod(shape) * devices)))
+    if not ends:
+        raise InputError(f"trainer.max_steps: {most}, and no schedule.table ends the run; set one")
+    names = [entry.class_path.split(".")[-1] for entry in built.config.trainer.callbacks or []]
+    notes = [f"callbacks may change the shapes: {', '.join(names)}"] if names else []
+    return {shape: min(ends)}, notes
 
 
-def _require_context(net: Network, steps: Iterable[Step]) -> None:
-    longest, context = max(step.sequence_length for step in steps), net.max_sequence_length
-    if context is not None and longest > context:
-        raise InputError(
-            f"sequence_length: {longest} is longer than the network's context "
-            f"(max_sequence_length {context}); lower it or give the network more"
-        )
+def plan_memory(
+    net: Network,
+    optimizer: Callable[[Any], Optimizer],
+    shape: Shape,
+    *,
+    autocast: torch.dtype | None = None,
+) -> dict[str, int]:
+    """Bytes that a training step takes; exact but for activations, which torch.compile makes fewer.
+
+    Runs on fake tensors, which have shapes but no memory, and leaves them in `net`.
+    """
+    for module in net.modules():  # the default capacity depends on the values of a batch
+        if isinstance(module, AdaptiveSoftmax) and module.capacity is None:
+            module.capacity = module.expected_capacity()
+    saved: dict[int, Any] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu")  # the meta device has no autocast
+        tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+        ):
+            loss = net(tokens[:, :-1], tokens[:, 1:])
+        for tensor in [*net.parameters(), *net.buffers()]:
+            saved.pop(tensor.untyped_storage()._cdata, None)
+        sizes = [storage.nbytes() for storage in saved.values()]
+        loss.backward()
+        built = optimizer(parameter_groups(net))
+        built.step()
+    gradients = sum(parameter.nbytes for parameter in net.parameters())
+    state = [value for values in built.state.values() for value in values.values()]
+    return {
+        "weights": gradients + sum(buffer.nbytes for buffer in net.buffers()),
+        "gradients": gradients,
+        "optimizer state": sum(value.nbytes for value in state if isinstance(value, Tensor)),
+        "activations": sum(sizes),  # saved for the backward pass
+        "largest gradient": max(sizes),  # of an activation, mostly the logits
+    }

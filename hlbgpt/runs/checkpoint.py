@@ -1,136 +1,107 @@
-"""Checkpoints on disk: written whole or not at all, read as data only."""
+"""Checkpoints on disk: written atomically, read as data only."""
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import nn
 
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import atomic_write
+
+# What torch.load may raise for files that are no checkpoints, besides UnpicklingError.
+_LOAD_ERRORS = (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to write and read checkpoints, made safe.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically and read with `weights_only=True`.
 
-    A checkpoint is written beside its place, flushed to the disk and renamed, so that a machine
-    that stops at any moment leaves the old file or the new one. (Lightning writes to the system's
-    temporary folder, from which a move may be a copy.) It is read with `weights_only=True`: a file
-    that carries code is refused and its code not run.
+    A machine that stops at any moment leaves the previous checkpoint or the new one. (Lightning
+    itself writes to the system's temporary folder and moves the file, which may be a copy.)
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        if "://" in str(path):  # not a local file: fsspec's business
+        """Write a checkpoint; raises InputError if the disk is full or cannot be written to."""
+        if "://" in str(path):  # remote storage, which fsspec writes to
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
-            try:
-                _write(checkpoint, temporary)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _flush_folder(path.parent)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                _save(checkpoint, file)
         except OSError as error:
-            kept = f"; {path} still holds the one before" if path.is_file() else ""
+            kept = "the previous checkpoint is kept; " if path.is_file() else ""
             raise InputError(
-                f"cannot write the checkpoint {path}: {error.strerror or error}{kept}; make room "
-                "or make the folder writable, and resume"
+                f"cannot write the checkpoint {path}: {error.strerror or error}; {kept}free some "
+                "space or make the folder writable, and resume"
             ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
+        """Read a checkpoint to the CPU; raises InputError as `load_checkpoint` does."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return load_checkpoint(path)
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:
-            # torch's zip writer hides the error of a write that failed behind its own.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove_leftovers(path: Path) -> None:
-    """What a process that was killed while it wrote this checkpoint left behind."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the renaming last; a folder can be opened on POSIX systems only."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # torch's zip writer replaces the error of a failed write with one of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Tensors and plain data only: a file that carries code is refused, and its code not run.
+    """Read a checkpoint to the CPU as tensors and plain data; code in the file is not run.
 
     Raises:
-        InputError: `path` is no checkpoint, is not whole, was damaged, or carries code.
+        InputError: The file cannot be read, is no checkpoint, is incomplete or damaged, or
+            contains code.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksum
-            if damaged := archive.testzip():
-                raise InputError(
-                    f"ckpt_path: {str(path)!r} is damaged: {damaged} does not match its checksum; "
-                    "use another checkpoint"
-                )
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise InputError(
-            f"ckpt_path: {str(path)!r} is no checkpoint that loads as data only: not whole, of "
-            "another kind, or with code in it; name a .ckpt file that `fit` wrote"
-        ) from error
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not verify the checksums
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"ckpt_path: cannot read {str(path)!r}: {error.strerror}") from error
+    except (*_LOAD_ERRORS, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"ckpt_path: {str(path)!r} is incomplete, is no checkpoint, or contains code; use a "
+            ".ckpt file that `fit` wrote"
+        ) from error
+    if damaged:
+        raise InputError(
+            f"ckpt_path: {str(path)!r} is damaged: {damaged} does not match its checksum; use "
+            "another checkpoint"
+        )
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(
-            f"ckpt_path: {str(path)!r} is no checkpoint of hlbgpt: it has no state_dict"
+            f"ckpt_path: {str(path)!r} is no checkpoint of hlbgpt: it has no state_dict; use a "
+            ".ckpt file that `fit` wrote"
         )
     return checkpoint
 
 
-def require_matching(module: torch.nn.Module, checkpoint: dict[str, Any], name: str) -> None:
-    """Raise InputError unless `checkpoint`, called `name`, holds the weights of this network."""
+def require_matching_weights(module: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
+    """Raise InputError unless the checkpoint called `name` has the weights of this module."""
     theirs, ours = (
         {key: tuple(value.shape) for key, value in state.items()}
         for state in (checkpoint["state_dict"], module.state_dict())
     )
     for key in sorted(theirs.keys() | ours.keys()):
-        there, here = theirs.get(key, "missing"), ours.get(key, "missing")
-        if there != here:
+        stored, expected = theirs.get(key, "missing"), ours.get(key, "missing")
+        if stored != expected:
             raise InputError(
-                f"ckpt_path: {name} is of another network: {key} is {there} there and {here} "
-                "here; use the config of its run"
+                f"ckpt_path: {name} is of another network: {key} is {stored} in the checkpoint "
+                f"and {expected} in the network; use the config of the checkpoint's run"
             )

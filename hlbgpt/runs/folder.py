@@ -13,22 +13,25 @@ from hlbgpt.utils.files import locked
 
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
-_SLURM_JOB = "slurm_job"
 _CLAIMED = "HLBGPT_RUN_FOLDER"  # environment variable, for the ranks that Lightning launches
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
     """The folder of the run that `trainer` fits; None for a `fast_dev_run`, which keeps nothing.
 
-    The ranks agree on it, so all of them must ask.
+    It is `trainer.default_root_dir`, or the logger's folder where that is not set. The ranks agree
+    on it, so all of them must ask.
     """
-    if getattr(trainer, "fast_dev_run", False) or trainer.log_dir is None:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    return Path(trainer.log_dir)
+    root = Path(trainer.default_root_dir)
+    if root == Path.cwd() and trainer.log_dir is not None:
+        return Path(trainer.log_dir)
+    return root
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint kept in a run's folder."""
+    """The checkpoint of a run's folder."""
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -39,7 +42,7 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 
 def newest_checkpoint(config_name: str | None) -> Path:
-    """The last.ckpt written last, of the runs of a config, or of all runs if None.
+    """The last.ckpt written last, among the runs of a config, or among all runs if None.
 
     Raises InputError where there is none.
     """
@@ -54,35 +57,23 @@ def newest_checkpoint(config_name: str | None) -> Path:
 
 
 def is_unfinished(checkpoint: str | Path) -> bool:
-    """Whether `checkpoint` is the last of a run in a folder of ours that was cut short."""
+    """Whether `checkpoint` is the last.ckpt of a run that was cut short: one without a record."""
     folder = folder_of(checkpoint)
     return (
         last_checkpoint(folder).absolute() == Path(checkpoint).absolute()
         and Path(checkpoint).is_file()
         and (folder / CONFIG).is_file()
         and not (folder / RECORD).exists()
-        and folder.name.startswith("version_")
     )
 
 
-def requeued_checkpoint(config_name: str) -> str | None:
-    """Where this SLURM job, put back into the queue, left off; None if it is new or no job."""
-    if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        return None
-    for marker in (RUNS / config_name).glob(f"version_*/{_SLURM_JOB}"):
-        checkpoint = last_checkpoint(marker.parent)
-        if marker.read_text() == os.environ["SLURM_JOB_ID"] and is_unfinished(checkpoint):
-            return str(checkpoint)
-    return None
-
-
 def claim_folder(parent: Path) -> Path:
-    """Make the first version_N in `parent` that is not there yet; made by one process only.
+    """Make the first version_N in `parent` that does not exist, for this process alone.
 
-    Ranks that Lightning launches later find the folder that the first one made.
+    Ranks that Lightning launches later use the folder that the first one made.
     """
-    if claimed := _claimed_by_launcher():
-        return claimed
+    if (claimed := os.environ.get(_CLAIMED)) and "LOCAL_RANK" in os.environ:
+        return Path(claimed)
     number = 0
     while True:
         folder = parent / f"version_{number}"
@@ -96,43 +87,45 @@ def claim_folder(parent: Path) -> Path:
                 "be written to, or set --trainer.default_root_dir"
             ) from error
         else:
-            if job := os.environ.get("SLURM_JOB_ID"):
-                (folder / _SLURM_JOB).write_text(job)
             return reclaim_folder(folder)
 
 
 def reclaim_folder(folder: Path) -> Path:
-    """Go on in a folder that is there."""
+    """Continue in a folder that exists."""
     os.environ[_CLAIMED] = str(folder)
     return folder
 
 
-def _claimed_by_launcher() -> Path | None:
-    claimed = os.environ.get(_CLAIMED)
-    return Path(claimed) if claimed and "LOCAL_RANK" in os.environ else None
+def require_unused(folder: Path) -> None:
+    """Raise InputError if a run has ended in `folder`, or another run has trained there."""
+    if (folder / RECORD).exists() or last_checkpoint(folder).exists():
+        raise InputError(
+            f"trainer.default_root_dir: {str(folder)!r} holds another run; name another folder"
+        )
 
 
-def forget_claim() -> None:
-    """Let what was claimed be: by an earlier run of this process, or now that training starts."""
+def release_claim() -> None:
+    """Forget the claimed folder: its run is over, or trains now and is to be kept."""
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_CLAIMED, None)
 
 
-def drop_folder_without_steps() -> None:
-    """Remove the folder that is still claimed, for its run ended before it trained."""
+def remove_unused_folder() -> None:
+    """Remove the folder that is still claimed: its run ended before it trained."""
     folder = Path(os.environ.get(_CLAIMED, ""))
     if folder.name and "LOCAL_RANK" not in os.environ and not (folder / "checkpoints").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other runs are in it
+        with contextlib.suppress(OSError):  # they hold other runs
             folder.parent.rmdir()
             folder.parents[1].rmdir()
 
 
 @contextlib.contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Hold `folder` against other processes that would go on with the same run.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` against other processes that would continue the same run.
 
-    Raises InputError if one has it. The system lets go when the process ends, however it does.
+    The system releases it when the process ends, however it ends. Raises InputError if another
+    process holds it.
     """
     with locked(folder, wait=False) as held:
         if not held:

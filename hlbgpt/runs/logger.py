@@ -1,4 +1,4 @@
-"""The TensorBoard logger: scalars in groups, and losses by tokens and seconds of training."""
+"""The TensorBoard logger: metrics in groups, and losses by tokens and by training time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,76 +10,76 @@ from torch.utils.tensorboard import SummaryWriter
 
 TOKENS, SECONDS = "tokens_seen", "train_seconds"
 BY_TOKENS = "by_tokens"
-# What TensorBoard shows side by side; other names stay as they are, `lr/...` is a group already.
+_LOSSES = ("train_loss", "val_loss", "test_loss")
+_QUALITY = ("perplexity", "bits_per_byte", "accuracy")
+# The groups in which TensorBoard shows metrics; other names are not changed.
 _GROUPS = {
-    "loss": ("train_loss", "val_loss", "test_loss"),
-    "quality": tuple(
-        f"{split}_{name}"
-        for split in ("val", "test")
-        for name in ("perplexity", "bits_per_byte", "accuracy")
-    ),
+    "loss": _LOSSES,
+    "quality": tuple(f"{split}_{name}" for split in ("val", "test") for name in _QUALITY),
     "schedule": ("sequence_length", "step_tokens", "micro_batches_per_step"),
     "speed": ("tokens_per_second", "mfu"),
     "progress": (TOKENS, SECONDS, "epoch"),
 }
 _TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names} | {
-    "grad_norm": "grad_norm/total"  # beside those of parameter groups
+    "grad_norm": "grad_norm/total"  # beside the norms of parameter groups
 }
 
 
 def tag(name: str) -> str:
-    """The name under which TensorBoard has the metric `name`."""
+    """TensorBoard's tag for a metric: `loss/val_loss` for `val_loss`."""
     return _TAGS.get(name, name)
 
 
-class CurveLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger with names in groups, and two more axes for losses.
+class RunLogger(TensorBoardLogger):
+    """Lightning's TensorBoard logger with metrics in groups and with losses by tokens.
 
-    Metrics keep their names for callbacks (`val_loss`); TensorBoard shows them as `loss/val_loss`.
-    Losses that come with `tokens_seen` and `train_seconds` are written again to the sub-folder
-    `by_tokens`, as `loss_by_tokens/...`: TensorBoard's axis "Step" is tokens there, and "Relative"
-    is the run's own clock, seconds of training.
+    Losses that are logged together with `tokens_seen` are written a second time, to the sub-folder
+    `by_tokens` as `loss_by_tokens/...`. There TensorBoard's axis "Step" shows tokens, and
+    "Relative" shows `train_seconds`, the run's training time.
     """
 
     _by_tokens: SummaryWriter | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log scalars by step, and the losses among them also by tokens."""
         values = {name: float(value) for name, value in metrics.items()}
-        losses = [name for name in _GROUPS["loss"] if name in values]
+        losses = {name: values[name] for name in _LOSSES if name in values}
         if losses and TOKENS in values:
             if self._by_tokens is None:
-                self.cut_back(None)
-            assert self._by_tokens is not None
-            for name in losses:
+                self._by_tokens = self._writer_by_tokens()
+            tokens, seconds = int(values[TOKENS]), values.get(SECONDS)
+            for name, loss in losses.items():
                 self._by_tokens.add_scalar(
-                    f"loss_{BY_TOKENS}/{name}",
-                    values[name],
-                    global_step=int(values[TOKENS]),
-                    walltime=values.get(SECONDS),
+                    f"loss_{BY_TOKENS}/{name}", loss, tokens, walltime=seconds
                 )
-        if "val_loss" in values:  # a place on the axes above, but no new point of its own curve
+        if "val_loss" in values:  # the training step has logged its progress already
             values = {name: v for name, v in values.items() if name not in (TOKENS, SECONDS)}
         super().log_metrics({tag(name): value for name, value in values.items()}, step)
 
     @rank_zero_only
-    def cut_back(self, tokens: int | None) -> None:
-        """Let the curves by tokens go on before `tokens`, as `purge_step` does by steps."""
-        self._by_tokens = SummaryWriter(str(Path(self.log_dir) / BY_TOKENS), purge_step=tokens)
+    def purge_tokens_from(self, tokens: int) -> None:
+        """Hide the points of losses by tokens from `tokens` on, as `purge_step` does by step."""
+        self._by_tokens = self._writer_by_tokens(tokens)
+
+    def _writer_by_tokens(self, purge_from: int | None = None) -> SummaryWriter:
+        return SummaryWriter(str(Path(self.log_dir) / BY_TOKENS), purge_step=purge_from)
 
     @rank_zero_only
     def save(self) -> None:
+        """Write what was logged to the disk."""
         super().save()
         if self._by_tokens is not None:
             self._by_tokens.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Write what was logged to the disk and close the files."""
         super().finalize(status)
         if self._by_tokens is not None:
             self._by_tokens.close()
 
 
-def text_loggers(loggers: list[Any]) -> list[TensorBoardLogger]:
-    """Those of `loggers` that can keep text."""
+def tensorboard_loggers(loggers: list[Any]) -> list[TensorBoardLogger]:
+    """The TensorBoard loggers among `loggers`, which can log text."""
     return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,4 +1,4 @@
-"""What is logged of an optimizer step."""
+"""Metrics of logged optimizer steps."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 
-class StepLog:
-    """The figures of every `trainer.log_every_n_steps`-th step: each costs time, so no other.
+class StepMetrics:
+    """Learning rates and norms of gradients and updates, by parameter group.
 
-    Gradients and updates are measured for each parameter group, as the norm of all its tensors
-    taken as one vector. For the updates the weights are kept until the step is made.
+    A norm is that of all tensors of a group taken as one vector. To measure an update, the weights
+    before the step are kept until the step is made.
 
     Args:
-        norms: Whether to measure groups; without it, only the norm of the whole gradient.
+        norms: Whether to measure norms, which takes time and memory in logged steps.
     """
 
     def __init__(self, norms: bool) -> None:
         self.norms = norms
         self._before: dict[str, list[Tensor]] = {}
 
-    def of_gradients(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Norms and rates by group, before the optimizer steps."""
+    def before_step(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Rates and gradient norms, once the gradients are ready."""
         values: dict[str, Any] = {}
         self._before = {}
         for group in optimizer.param_groups:
@@ -36,18 +36,27 @@ class StepLog:
                 self._before[name] = [param.detach().clone() for param in params]
         return values
 
-    def of_update(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Norms of the updates by group, after the step; empty if it was not to be logged."""
+    def after_step(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Norms of the updates; empty unless `before_step` was asked in this step."""
         before, self._before = self._before, {}
         values = {}
         for group in optimizer.param_groups:
             name = group.get("name", "all")
-            if (was := before.get(name)) is not None:
-                torch._foreach_sub_(was, [param.detach() for param in group["params"]])
-                values[f"update_norm/{name}"] = get_total_norm(was)
+            if (weights := before.get(name)) is not None:
+                torch._foreach_sub_(weights, [param.detach() for param in group["params"]])
+                values[f"update_norm/{name}"] = get_total_norm(weights)
         return values
 
 
 def grad_norm(params: list[Any]) -> Tensor:
     """Norm of the gradients of `params` taken as one vector; a scalar on the device."""
     return get_total_norm([param.grad for param in params if param.grad is not None])
+
+
+def to_floats(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers and scalar tensors as floats; waits for the device once."""
+    names = [name for name, value in values.items() if isinstance(value, Tensor)]
+    if not names:
+        return {name: float(value) for name, value in values.items()}
+    scalars = torch.stack([values[name].detach().float() for name in names])
+    return {**values, **dict(zip(names, scalars.tolist(), strict=True))}

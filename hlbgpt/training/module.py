@@ -1,53 +1,46 @@
-"""The LightningModule: steps, compilation, optimizer, and what is logged."""
+"""The LightningModule: network, optimizer, evaluation, and what is logged; see `step.py` too."""
 
-import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
-from hlbgpt.data import TokenDataModule
-from hlbgpt.generation.sampling import Generation, continue_texts
+from hlbgpt.data import TokenDataModule, TrainLoader
+from hlbgpt.generation import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
-from hlbgpt.models.base import token_scores
-from hlbgpt.optim import parameter_groups
-from hlbgpt.runs.checkpoint import WholeCheckpointIO, require_matching
-from hlbgpt.runs.logger import SECONDS, TOKENS, CurveLogger
-from hlbgpt.training import resume
-from hlbgpt.training.compilation import compile_in_place, warm_up
-from hlbgpt.training.metrics import StepLog, grad_norm
-from hlbgpt.training.steps import StepPlan
-from hlbgpt.training.throughput import Throughput
+from hlbgpt.runs import SECONDS, TOKENS, AtomicCheckpointIO, RunLogger, require_matching_weights
+from hlbgpt.training import checks, compilation, evaluation, metrics, resume, step, throughput
+from hlbgpt.training.optimizer import build_optimizer
 from hlbgpt.utils.clock import Stopwatch
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.hardware import card_of
-from hlbgpt.utils.seed import run_seed
-
-_SPLIT_OF_PREFIX = {"val": "validation", "test": "test"}
 
 
-class LanguageModule(L.LightningModule):
-    """Trains a network on batches of tokens and measures it.
+class LanguageModule(step.MicroBatchedModule):
+    """Trains a network on tokens and measures it. A batch is one optimizer step.
 
     Args:
-        net: The network: `hlbgpt.models.GPT`, or a class of your own from `hlbgpt.models.Network`.
-        optimizer: Optimizer, given the parameter groups of `hlbgpt.optim.muon`.
-        lr_scheduler: Learning-rate schedule, stepped once an optimizer step; none by default.
+        net: The network: `hlbgpt.models.GPT`, `FastGPT`, `HLB041`, or your own subclass of
+            `hlbgpt.models.Network`.
+        optimizer: Optimizer, given the parameter groups of `hlbgpt.optim.parameter_groups`.
+        lr_scheduler: Learning-rate schedule, stepped after each optimizer step; none by default.
         compile: Whether to run the network through `torch.compile`.
-        log_norms: Whether to log norms of gradients and updates for each parameter group; in the
-            steps that are logged, the weights are kept twice.
-        generation: How `predict` continues a prompt.
+        log_norms: Whether to log the norms of gradients and updates by parameter group. In logged
+            steps this takes the memory of a second copy of the weights.
+        sampling: How `predict` continues a prompt.
+
+    Attributes:
+        clock: Training time; the callback `TimeToTarget` runs it.
+        checkpoint_clock: Time spent on saving checkpoints, which is no training time.
+        last_logged: Values of the last training step that was logged.
+        train_shapes: Each (B, T) that micro-batches will have, to be compiled before training.
     """
+
+    net: Network
 
     def __init__(
         self,
@@ -56,25 +49,21 @@ class LanguageModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = True,  # noqa: A002
         log_norms: bool = True,
-        generation: Generation = Generation(),  # noqa: B008 (never changed)
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__()
-        self.net = net
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.compile_net, self.generation = compile, generation
-        # In double precision, so that the sum does not depend on how it is cut into batches.
-        self.eval_loss = MeanMetric().set_dtype(torch.float64)
-        self.eval_accuracy = MeanMetric().set_dtype(torch.float64)
-        self.compile_seconds = 0.0
-        self.throughput = Throughput()
-        self.clock = Stopwatch()  # of training, run by `TimeToTarget`
-        self.step_log = StepLog(log_norms)
-        self.steps = StepPlan()
-        self.train_shapes: list[tuple[int, int]] = []  # set by callbacks that change it
-        self._logged: tuple[int, dict[str, Any]] = (0, {})  # after how many steps, and what
-        self._accumulate = 1  # the setting, which `steps` overwrites in the trainer
-        self._hyperparameters: dict[str, str] = {}  # of the optimizer and its schedule
-        self._resumed: dict[str, Any] | None = None  # until training goes on
+        self.net, self.optimizer, self.lr_scheduler = net, optimizer, lr_scheduler
+        self.compile_net, self.sampling = compile, sampling
+        self.clock, self.checkpoint_clock, self.compile_seconds = Stopwatch(), Stopwatch(), 0.0
+        self.train_shapes: list[tuple[int, int]] = []
+        self.evaluation = evaluation.Evaluation()
+        self.throughput = throughput.Throughput()
+        self.step_metrics = metrics.StepMetrics(log_norms)
+        self.last_logged: dict[str, float] = {}
+        self._step_values: dict[str, Any] = {}  # to be logged once the step is made
+        self._resume_state: dict[str, Any] | None = None  # until training continues
+        self._classes: dict[str, str] = {}  # of the optimizer and its schedule
+        self._fitting = False
 
     # --- set-up -------------------------------------------------------------------------------
 
@@ -88,284 +77,185 @@ class LanguageModule(L.LightningModule):
             )
         return data
 
+    @property
+    def train_loader(self) -> TrainLoader:
+        """The loader of training batches, whose next step can be set; during training."""
+        assert isinstance(self.trainer.train_dataloader, TrainLoader)
+        return self.trainer.train_dataloader
+
     def setup(self, stage: str) -> None:
-        """Raise InputError where network and data do not fit."""
-        self._accumulate = self.steps.micro_batches = self.trainer.accumulate_grad_batches
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not chosen by the user
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        if self.trainer.strategy.root_device.type == "mps":  # has no double precision
-            self.eval_loss.set_dtype(torch.float32)
-            self.eval_accuracy.set_dtype(torch.float32)
-        logits, tokens = self.net.vocab_size, self.data.vocab_size
-        if logits < tokens:
-            raise InputError(
-                f"model.net vocab_size: {logits} is less than the {tokens} tokens of "
-                f"data.tokenizer {self.data.tokenizer}; raise it"
-            )
-        if (longest := self.net.max_sequence_length) is None:
-            return
-        keys = {"fit": ["sequence_length"], "predict": []}.get(stage, [])
-        keys += [] if stage == "predict" else ["eval_sequence_length"]
-        for key in keys:
-            if (length := getattr(self.data, key)) > longest:
-                raise InputError(
-                    f"data.{key}: {length} is longer than the network's context "
-                    f"(max_sequence_length {longest}); lower it or give the network more"
-                )
+        """Raise InputError where network, data and trainer do not fit together."""
+        self._fitting = stage == "fit"
+        checks.require_vocabulary(self.net, self.data)
+        if self._fitting:
+            checks.require_supported(self.trainer)
+            checks.require_context(self.net, self.data.sequence_length, "data.sequence_length")
+            if self.data.micro_batches > 1:
+                checks.require_no_accumulation(self.trainer, "data.micro_batches")
+        if stage != "predict":
+            length = self.data.eval_sequence_length
+            checks.require_context(self.net, length, "data.eval_sequence_length")
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
+            strategy.checkpoint_io = AtomicCheckpointIO()
+        if strategy.root_device.type == "mps":  # has no double precision
+            self.evaluation.set_dtype(torch.float32)
 
     def configure_model(self) -> None:
         """Compile in place, which leaves the names in checkpoints as they are."""
-        if not self.compile_net or self.trainer.predicting:
-            return
-        compile_in_place(self.net, self.trainer.strategy.root_device)
+        if self.compile_net and not self.trainer.predicting:
+            compilation.compile_in_place(self.net, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, scheduler = self._build_optimizer()
-        self._hyperparameters = resume.hyperparameters(optimizer, scheduler)
+        optimizer, scheduler = build_optimizer(self.net, self.optimizer, self.lr_scheduler)
+        self._classes = resume.class_names(optimizer, scheduler)
         if scheduler is None:
             return optimizer
+        checks.require_schedule_length(getattr(scheduler, "total_steps", None), self.trainer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _build_optimizer(self) -> tuple[Optimizer, LRSchedulerTypeUnion | None]:
-        key = "model.optimizer"
-        try:
-            optimizer = self.optimizer(parameter_groups(self.net))
-            if self.lr_scheduler is None:
-                for group in optimizer.param_groups:  # what the token schedule multiplies
-                    group["initial_lr"] = group["lr"]
-                return optimizer, None
-            key = "model.lr_scheduler"
-            scheduler = self.lr_scheduler(optimizer)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{key}: {error}; change its init_args") from error
-        planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
-        if planned is not None and not 0 < steps <= planned:
-            raise InputError(
-                f"trainer.max_steps: {steps} steps asked for, but the learning-rate schedule ends "
-                f"at total_steps {planned}; set both to the same number"
-            )
-        return optimizer, scheduler
-
     def on_fit_start(self) -> None:
-        card = card_of(self.device)
-        self.throughput.peak = card.flops * self.trainer.world_size if card else None
-        train, data = self.data.files["train"].header, self.data
-        step = data.micro_batch_size * data.sequence_length * self.trainer.world_size
-        parameters = sum(parameter.numel() for parameter in self.net.parameters())
-        self.print(
-            f"{type(self.net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} "
-            f"tokens ({train.tokenizer}); micro-batch: {step:,} tokens; {self.trainer.precision}"
-        )
-        data.place_tokens(self.device)
+        self.throughput.set_peak(self.device, self.trainer.world_size)
+        self.print(checks.summary(self.trainer, self.net, self.data))
         if self.compile_net:
             with self.trainer.precision_plugin.forward_context():
-                self.compile_seconds += warm_up(
+                self.compile_seconds += compilation.warm_up(
                     self.net,
                     train_shapes=self.train_shapes
-                    or [(data.micro_batch_size, data.sequence_length)],
-                    eval_shape=(data.eval_batch_size, data.eval_sequence_length),
+                    or [(self.data.micro_batch_size, self.data.sequence_length)],
+                    eval_shape=(self.data.eval_batch_size, self.data.eval_sequence_length),
                     device=self.device,
                 )
 
-    # --- training -----------------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        if self._resume_state is not None:
+            self._resume(self._resume_state)
+        elif self.net.needs_token_counts:
+            # On the clock, as all that is learned or counted from the training text.
+            self.net.init_from_token_counts(self.data.token_counts().to(self.device))
+        self.throughput.begin()
+
+    # --- training; the step itself is in step.py ----------------------------------------------
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens trained on, on all devices."""
+        """Tokens trained on, on all devices, with those of the current step."""
         return self.throughput.tokens
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of the steps to come, for callbacks to set between steps."""
-        return self.steps.micro_batches
-
-    @micro_batches.setter
-    def micro_batches(self, number: int) -> None:
-        self.steps.micro_batches = number
-
-    def on_train_start(self) -> None:
-        self.steps.begin_run(self.trainer)
-        if self._resumed is None and self.net.wants_token_counts:
-            # On the clock, as all that is learned or counted from the training text.
-            self.net.use_token_counts(self.data.token_counts().to(self.device))
-        if self._resumed is not None:
-            self._continue(self._resumed)
-            self._resumed = None
-        self.throughput.begin()
-
-    def _continue(self, state: dict[str, Any]) -> None:
-        """Take up what `on_save_checkpoint` found; now, for the set-up is over."""
-        self.steps.load_state_dict(state["steps"], self.device)
-        if state["accumulate_grad_batches"] == self._accumulate:
-            self.micro_batches = state["steps"]["micro_batches"]
-        resume.restore_gradients(self.net, state["gradients"])
-        resume.continue_loops(self.trainer, self.steps)
-        again = self.trainer.global_step - state["log_step"]  # 1 if the last step's come again
-        for logger in self.loggers:
-            if isinstance(logger, CurveLogger):
-                logger.cut_back(self.tokens_seen + 1 - again)
-        if state["log"]:
-            self._logged = self.trainer.global_step, state["log"]
-            values = {**state["log"], "epoch": self.trainer.current_epoch}
-            self.trainer._logger_connector.log_metrics(values, step=state["log_step"])
-        if state["seed"] == run_seed():
-            resume.restore_random_state(state["random"], self.global_rank, self.device)
-
-    def on_train_epoch_start(self) -> None:
-        self.micro_batches = self.trainer.accumulate_grad_batches
-
-    def on_train_epoch_end(self) -> None:
-        self.trainer.accumulate_grad_batches = self.micro_batches
+    def is_last_step(self, step: int) -> bool:
+        """Whether training ends with this step, by `trainer.max_steps` or `data.max_tokens`."""
+        enough = self.data.max_tokens is not None and self.tokens_seen >= self.data.max_tokens
+        return enough or super().is_last_step(step)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        self.steps.begin_batch(self.trainer, batch_idx)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.net(batch[:, :-1], batch[:, 1:])
-        self.steps.sequence_length = length = batch.shape[1] - 1
-        self.steps.micro_batch_tokens = len(batch) * length * self.trainer.world_size
-        self.steps.losses.append(loss.detach())
-        self.throughput.add(self.net, self.steps.micro_batch_tokens, length)
-        # Lightning divides by accumulate_grad_batches, which here is where the step ends.
-        return loss * (self.trainer.accumulate_grad_batches / self.steps.size)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step, then drop the gradients.
-
-        Lightning drops them where the batch's number is a multiple of `accumulate_grad_batches`,
-        which is used here in another way (see `StepPlan`).
-        """
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        call._call_callback_hooks(self.trainer, "on_before_zero_grad", optimizer)
-        self._log_step(self.step_log.of_update(self.trainer.optimizers[0]))
-        optimizer.zero_grad()
-
-    def skip_step(self) -> None:
-        """Leave the current step out; to be called before the optimizer steps."""
-        self.steps.skipped = True
-        self.net.zero_grad(set_to_none=True)
-
-    @property
-    def step_loss(self) -> Tensor:
-        """Mean loss of the step's micro-batches so far, in nats; a scalar on the device."""
-        return self.steps.mean_loss
-
-    def grad_norm(self) -> Tensor:
-        """Norm of all gradients taken as one vector; a scalar on the device."""
-        return grad_norm(list(self.net.parameters()))
+        tokens = batch[..., 1:].numel() * self.trainer.world_size
+        self.throughput.add(self.net, tokens, batch.shape[-1] - 1)
+        super().on_train_batch_start(batch, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.global_step + 1) % interval or self.steps.skipped:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every:
             return
-        self._logged = self.trainer.global_step + 1, {}
-        self._log_step(
-            {
-                "train_loss": self.step_loss,
-                "grad_norm": self.grad_norm(),
-                **self._progress(),
-                "step_tokens": float(self.steps.size * self.steps.micro_batch_tokens),
-                "micro_batches_per_step": float(self.steps.size),
-                "sequence_length": float(self.steps.sequence_length),
-                **self.step_log.of_gradients(optimizer),
-                **self.throughput.rates(),
-            }
-        )
+        micro_batches, windows, length = self.step_shape
+        self._step_values = {
+            "train_loss": self.step_loss,
+            "grad_norm": metrics.grad_norm(list(self.net.parameters())),
+            "step_tokens": micro_batches * windows * length * self.trainer.world_size,
+            "micro_batches_per_step": micro_batches,
+            "sequence_length": length,
+            **self.step_metrics.before_step(optimizer),
+            **self.throughput.rates(),
+        }
+        self.log("train_loss", self._step_values["train_loss"], logger=False)  # to be monitored
 
-    def _log_step(self, values: dict[str, Any]) -> None:
-        self.log_dict(values)
-        self._logged[1].update(values)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if values := self._step_values:
+            self._step_values = {}
+            updates = self.step_metrics.after_step(self.trainer.optimizers[0])
+            self.last_logged = self.log_step(self.trainer.global_step, {**values, **updates})
 
-    def _progress(self) -> dict[str, float]:
-        """Where the run is, so that every logged loss has its place on these axes too."""
-        return {TOKENS: float(self.tokens_seen), SECONDS: self.clock.seconds}
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        if self.is_last_step(self.trainer.global_step):
+            self.trainer.should_stop = True
+
+    def log_step(self, step: int, values: dict[str, Any]) -> dict[str, float]:
+        """Log numbers and scalar tensors of a step, numbered from 0 as by Lightning; returns them.
+
+        Straight to the loggers: the steps that `self.log` gives are not exact after a resume.
+        """
+        where = {TOKENS: self.tokens_seen, SECONDS: self.clock.seconds}
+        floats = metrics.to_floats({**values, **where})
+        for logger in self.loggers:
+            logger.log_metrics(floats, step)
+        return floats
+
+    # --- resume -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for logger in self.loggers:  # the curves on disk reach at least as far as the checkpoint
             logger.save()
-        loops, steps = checkpoint["loops"]["fit_loop"], self.trainer.global_step
-        # Then the curves are to be cut back to before this step, and its values logged again.
-        again = resume.repeats_log(loops, self.steps)
-        resume.settle_loops(loops)
-        step, values = self._logged
         checkpoint[resume.KEY] = {
-            "log_step": steps - again,
-            "log": _floats(values) if again and step == steps else {},
             **self.throughput.state_dict(),
-            "seed": run_seed(),
+            "validated": self.validation_due,
+            "classes": self._classes,
             "random": resume.random_states(self.device),
-            "steps": self.steps.state_dict(),
-            "accumulate_grad_batches": self._accumulate,
-            "gradients": resume.partial_gradients(self.net, self.trainer.strategy),
-            "hyperparameters": self._hyperparameters,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        require_matching(self, checkpoint, "the checkpoint")
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        require_matching_weights(self, checkpoint, "the checkpoint")
+        if not self._fitting:
             return
-        resume.require_resumable(checkpoint)
-        self._resumed = checkpoint[resume.KEY]
-        self.throughput.load_state_dict(self._resumed)
-        for line in resume.keep_typed(checkpoint, *self._build_optimizer()):
-            self.print(f"resume: {line}")
+        resume.require_training_state(checkpoint)
+        built = build_optimizer(self.net, self.optimizer, self.lr_scheduler)
+        resume.require_same_classes(checkpoint, *built)
+        for schedule in checkpoint["lr_schedulers"]:
+            checks.require_schedule_length(schedule.get("total_steps"), self.trainer)
+        self._resume_state = checkpoint[resume.KEY]
+        self.throughput.load_state_dict(self._resume_state)
 
-    # --- evaluation ---------------------------------------------------------------------------
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Restore the rest of what was saved, now that nothing draws random numbers any more."""
+        self._resume_state = None
+        # Lightning asks before the first step, and skips a validation that was made already.
+        self.schedule_validation(state["validated"])
+        for logger in self.loggers:
+            if isinstance(logger, RunLogger):
+                logger.purge_tokens_from(self.tokens_seen + 1)
+        if self.is_last_step(self.trainer.global_step):
+            self.trainer.should_stop = True
+        resume.restore_random_state(state["random"], self.global_rank, self.device)
+
+    # --- evaluation and generation ------------------------------------------------------------
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._measure(batch)
+        self.evaluation.update(self.net, batch)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._measure(batch)
+        self.evaluation.update(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        if not self.trainer.sanity_checking:
-            self.steps.validation_due = False
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def on_validation_end(self) -> None:
+        self._log_evaluation("validation", "val")
         self.throughput.restart()
 
-    def _measure(self, batch: Tensor) -> None:
-        scores, counted = token_scores(self.net, batch), batch[:, 1:] >= 0
-        self.eval_loss.update(scores.loss, counted)
-        self.eval_accuracy.update(scores.correct, counted)
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", "test")
 
-    def _log_evaluation(self, prefix: str) -> None:
-        """Log loss, perplexity, bits per byte and accuracy of the whole split."""
-        loss, accuracy = self.eval_loss.compute(), self.eval_accuracy.compute()
-        self.eval_loss.reset()
-        self.eval_accuracy.reset()
-        split = self.data.files[_SPLIT_OF_PREFIX[prefix]].header
-        bits = loss * (split.tokens - 1) / math.log(2) / split.text_bytes
-        values = {"perplexity": loss.exp(), "bits_per_byte": bits, "accuracy": accuracy}
-        if self.trainer.state.fn == "fit":
-            self.log_dict(self._progress())
-        self.log(f"{prefix}_loss", loss, prog_bar=True)
-        self.log_dict({f"{prefix}_{name}": value for name, value in values.items()})
-
-    # --- generation ---------------------------------------------------------------------------
+    def _log_evaluation(self, split: str, prefix: str) -> None:
+        found = self.evaluation.compute(self.data.files[split].header)
+        values = {f"{prefix}_{name}": value for name, value in found.items()}
+        # For callbacks, and the table of `hlbgpt validate`.
+        self.log_dict(values, logger=False if self._fitting else None)
+        if self._fitting and not self.trainer.sanity_checking:
+            self.log_step(self.trainer.global_step - 1, values)
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> list[str]:
-        """Continue prompts, (t,) each; prints the texts and returns them."""
-        return continue_texts(self.net, batch, self.generation, self.data.encoding, self._write)
+        """Continue prompts, (t,) int64 each; prints the texts and returns them."""
+        return continue_prompts(self.net, batch, self.sampling, self.data.encoding, self._write)
 
     def _write(self, piece: str) -> None:
         self.print(piece, end="")
         sys.stdout.flush()  # a progress bar's print takes no `flush`
-
-
-def _floats(values: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}

@@ -1,46 +1,52 @@
-"""What training gets through: tokens and FLOPs, in all and by the second."""
+"""Throughput: tokens and FLOPs of training, in total and per second."""
 
 import time
 from typing import Any
 
+import torch
+
 from hlbgpt.models import Network
+from hlbgpt.utils.hardware import gpu_of
 
 
 class Throughput:
     """Counts on the host alone, so that no step waits for the device.
 
     Attributes:
-        tokens: Trained on, on all devices.
-        flops: Spent on them, as `Network.flops_per_token` counts.
-        peak: FLOP/s that all devices together can reach; None where that is not known.
+        tokens: Tokens trained on, on all devices.
+        flops: FLOPs spent on them, as `Network.flops_per_token` counts.
+        peak: Peak FLOP/s of all devices together; None where it is not known.
     """
 
     def __init__(self) -> None:
         self.tokens, self.flops = 0, 0.0
         self.peak: float | None = None
-        self._costs: dict[int, float] = {}  # FLOPs a token, by the sequence length
-        self._uncounted = 0  # tokens of a checkpoint from before FLOPs were counted
-        self._since = (0.0, 0, 0.0)  # when rates were last asked for: seconds, tokens, FLOPs
+        self._flops_per_token: dict[int, float] = {}  # by the sequence length
+        self._since = (0.0, 0, 0.0)  # at the last call of `rates`: seconds, tokens, FLOPs
+
+    def set_peak(self, device: torch.device, world_size: int) -> None:
+        """Look up the peak of `world_size` devices like `device`."""
+        gpu = gpu_of(device)
+        self.peak = gpu.flops * world_size if gpu else None
 
     def begin(self) -> None:
-        """Start anew to measure; what a token costs may have changed with the token counts."""
-        self._costs.clear()
+        """Begin to measure; the network's FLOPs may have changed with the token counts."""
+        self._flops_per_token.clear()
         self.restart()
 
     def restart(self) -> None:
-        """Leave out of the rates what was since they were last asked for."""
+        """Leave the time since the last call of `rates` out of the next one."""
         self._since = time.monotonic(), self.tokens, self.flops
 
     def add(self, net: Network, tokens: int, sequence_length: int) -> None:
-        """Count the `tokens` that all devices trained on in windows of `sequence_length`."""
-        if sequence_length not in self._costs:
-            self._costs[sequence_length] = float(net.flops_per_token(sequence_length))
+        """Count `tokens`, of all devices, in windows of `sequence_length`."""
+        if sequence_length not in self._flops_per_token:
+            self._flops_per_token[sequence_length] = float(net.flops_per_token(sequence_length))
         self.tokens += tokens
-        self.flops += (tokens + self._uncounted) * self._costs[sequence_length]
-        self._uncounted = 0
+        self.flops += tokens * self._flops_per_token[sequence_length]
 
     def rates(self) -> dict[str, float]:
-        """Tokens a second and MFU since they were last asked for, as far as they are known."""
+        """Tokens per second and MFU since the last call, as far as they are known."""
         then, tokens, flops = self._since
         self.restart()
         if (seconds := self._since[0] - then) <= 0:
@@ -50,17 +56,15 @@ class Throughput:
             found["mfu"] = (self.flops - flops) / seconds / self.peak
         return found
 
-    def figures(self, seconds: float) -> dict[str, float | None]:
-        """What a record says of a run with `seconds` of training: means over the run."""
-        known = self.peak is not None and seconds > 0
+    def means(self, seconds: float) -> dict[str, float | None]:
+        """FLOPs per token and MFU of a run with `seconds` of training."""
         return {
             "flops_per_token": self.flops / self.tokens if self.tokens else None,
-            "mfu": self.flops / seconds / self.peak if known and self.peak else None,
+            "mfu": self.flops / seconds / self.peak if self.peak and seconds > 0 else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens_seen": self.tokens, "flops": self.flops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tokens, self.flops = state["tokens_seen"], state.get("flops", 0.0)
-        self._uncounted = 0 if "flops" in state else self.tokens
+        self.tokens, self.flops = state["tokens_seen"], state["flops"]

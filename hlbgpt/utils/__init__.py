@@ -1,1 +1,1 @@
-"""Small things that every room may use: errors, files, clocks, hardware, the seed."""
+"""Small helpers for every room: errors, files, clocks, hardware, the random seed."""

@@ -1,4 +1,4 @@
-"""Clocks: a stopwatch that can be paused and resumed, and the age of this process."""
+"""A stopwatch and the age of this process."""
 
 import os
 import time
@@ -8,10 +8,12 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds between `start` and `stop`, in any number of laps.
+    """Measures seconds between `start` and `stop`, summed over any number of laps.
 
-    Monotonic, so changes of the system's time do not reach it. `seconds` can be read while it
-    runs, and `offset` carries over what an earlier process has measured.
+    The clock is monotonic: changes of the system's time do not affect it.
+
+    Args:
+        offset: Seconds to start from, such as those that an earlier process measured.
     """
 
     def __init__(self, offset: float = 0.0) -> None:
@@ -20,23 +22,27 @@ class Stopwatch:
 
     @property
     def running(self) -> bool:
+        """Whether the stopwatch is running."""
         return self._started is not None
 
     @property
     def seconds(self) -> float:
+        """Seconds so far, including the lap that is running."""
         lap = 0.0 if self._started is None else time.monotonic() - self._started
         return self._total + lap
 
     def start(self) -> None:
+        """Start a lap unless one is running."""
         if self._started is None:
             self._started = time.monotonic()
 
     def stop(self) -> None:
+        """End the lap."""
         self._total, self._started = self.seconds, None
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all its work, so that a clock read next tells the truth."""
+    """Wait until `device` has finished its work, so that a clock read next includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -44,22 +50,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def process_seconds() -> float:
-    """Seconds since this process started; those in which the machine slept are not counted."""
+    """Seconds since this process started, without those in which the machine was suspended."""
     return _AGE_AT_IMPORT + time.monotonic() - _IMPORTED
 
 
 def _process_age() -> float:
-    """Seconds since this process started, as the system knows it.
-
-    Linux keeps the time of birth of each process; elsewhere the count starts at the import of
-    this file, a fraction of a second later.
-    """
+    """Seconds since this process started by Linux's records; 0 on other systems."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return 0.0
-    # Field 22, in clock ticks since boot; the second field may itself hold spaces and brackets.
-    born = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - born
+    # Field 22 is the start in clock ticks since boot. Field 2 may contain spaces and brackets.
+    started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 _IMPORTED, _AGE_AT_IMPORT = time.monotonic(), _process_age()

@@ -1,6 +1,7 @@
-"""Locks between processes."""
+"""Locks between processes and atomic writes."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock on a folder; yields whether it was got, which is certain with `wait`.
+    """Hold an exclusive lock on a file or folder; the system releases it if the process dies.
 
-    Where the system has no such locks (Windows), nobody is kept out.
+    On systems without `flock` (Windows) there is no lock, and every process is let through.
+
+    Args:
+        path: An existing file or folder.
+        wait: Whether to wait for a lock that another process holds.
+
+    Yields:
+        Whether this process holds the lock; always True with `wait`.
     """
     try:
         import fcntl
@@ -27,3 +35,39 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
             yield True
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file completely or not at all, even if the machine stops meanwhile.
+
+    The block writes to the temporary file that it is given. If the block succeeds, that file is
+    flushed to the disk and renamed to `path`; if it fails, the file is removed and `path` stays
+    as it was. Temporary files that killed processes left for `path` are removed first, so only
+    one process at a time may write to a path.
+
+    Args:
+        path: The file to write, in an existing folder.
+
+    Yields:
+        The temporary file, in the same folder. Its suffix is `.tmp`.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened to flush the renaming
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,68 +1,95 @@
-"""What GPUs can reach, by their makers' data sheets: the yardstick of MFU and of plans."""
+"""The device that a run uses: its name, memory and driver, and the peak figures of known GPUs."""
 
+import os
 import re
+import subprocess
+import sys
 from typing import NamedTuple
 
 import torch
 
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.machine import device_name
 
 
-class Card(NamedTuple):
-    """A GPU.
+class GPU(NamedTuple):
+    """A GPU's figures from its data sheet, for MFU and for plans."""
 
-    Attributes:
-        name: As `scripts/plan.py --gpu` takes it.
-        device: Pattern of what its driver calls it, without the maker.
-        flops: Peak of dense bf16 matrix products with sums in fp32, FLOP/s.
-        bandwidth: Of its memory, bytes a second.
-        memory: Bytes.
-    """
-
-    name: str
-    device: str
-    flops: float
-    bandwidth: float
-    memory: float
+    name: str  # for `scripts/plan.py --gpu`
+    pattern: str  # regular expression for its whole device name, without the maker
+    flops: float  # peak of dense bf16 matrix products accumulated in fp32, FLOP/s
+    bandwidth: float  # of its memory, bytes/s
+    memory: float  # bytes
 
 
-# Sources: NVIDIA's data sheets of A100, H100, H200, L4 and T4, whose figures "with sparsity" are
-# halved here; the whitepapers of GA102 and Ada for RTX 3090 and 4090. The T4 knows no bf16: fp16.
-# The patterns fit whole names, for a laptop's 4090, an H100 NVL or a slice of a card by MIG have
-# the figures of none of these.
-CARDS = (
-    Card("A100", r"A100-(SXM4|PCIE)-40GB", 312e12, 1555e9, 40e9),
-    Card("A100-80GB", r"A100-SXM4-80GB", 312e12, 2039e9, 80e9),
-    Card("A100-80GB-PCIe", r"A100 80GB PCIe", 312e12, 1935e9, 80e9),
-    Card("H100-SXM", r"H100 80GB HBM3", 989.4e12, 3350e9, 80e9),
-    Card("H100-PCIe", r"H100 PCIe", 756e12, 2000e9, 80e9),
-    Card("H200", r"H200", 989.4e12, 4800e9, 141e9),
-    Card("L4", r"L4", 121e12, 300e9, 24e9),
-    Card("RTX4090", r"GeForce RTX 4090", 165.2e12, 1008e9, 24e9),
-    Card("RTX3090", r"GeForce RTX 3090", 71e12, 936e9, 24e9),
-    Card("T4", r"T4", 65e12, 320e9, 16e9),
+# Sources: NVIDIA's data sheets of A100, H100, H200, L4 and T4 (figures "with sparsity" are halved)
+# and the GA102 and Ada whitepapers for RTX 3090 and 4090. The T4 has no bf16; its figure is fp16.
+# Patterns fit whole names because a laptop's 4090, an H100 NVL or a MIG slice is another GPU.
+GPUS = (
+    GPU("A100", r"A100-(SXM4|PCIE)-40GB", 312e12, 1555e9, 40e9),
+    GPU("A100-80GB", r"A100-SXM4-80GB", 312e12, 2039e9, 80e9),
+    GPU("A100-80GB-PCIe", r"A100 80GB PCIe", 312e12, 1935e9, 80e9),
+    GPU("H100-SXM", r"H100 80GB HBM3", 989.4e12, 3350e9, 80e9),
+    GPU("H100-PCIe", r"H100 PCIe", 756e12, 2000e9, 80e9),
+    GPU("H200", r"H200", 989.4e12, 4800e9, 141e9),
+    GPU("L4", r"L4", 121e12, 300e9, 24e9),
+    GPU("RTX4090", r"GeForce RTX 4090", 165.2e12, 1008e9, 24e9),
+    GPU("RTX3090", r"GeForce RTX 3090", 71e12, 936e9, 24e9),
+    GPU("T4", r"T4", 65e12, 320e9, 16e9),
 )
 
 
-def card_of(device: torch.device) -> Card | None:
-    """The card that `device` is; None for one that the table lacks, and for a CPU."""
-    return _find(device_name(device)) if device.type == "cuda" else None
+def gpu_of(device: torch.device) -> GPU | None:
+    """The figures of `device`; None for a GPU that the table lacks, and for other devices."""
+    if device.type != "cuda":
+        return None
+    name = re.sub(r"^(NVIDIA|Tesla) ", "", device_name(device))
+    return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, name)), None)
 
 
-def _find(name: str) -> Card | None:
-    bare = re.sub(r"^(NVIDIA|Tesla) ", "", name)
-    return next((card for card in CARDS if re.fullmatch(card.device, bare)), None)
-
-
-def card_named(name: str) -> Card:
-    """The card of a name, whatever its case; raises InputError with the names there are."""
+def gpu_named(name: str) -> GPU:
+    """The GPU of this name, ignoring case and separators; raises InputError for other names."""
     plain = re.sub(r"[ _-]", "", name).lower()
-    for card in CARDS:
-        if card.name.replace("-", "").lower() == plain:
-            return card
-    raise InputError(f"--gpu: no card {name!r} is known; take one of {known_cards()}")
+    for gpu in GPUS:
+        if gpu.name.replace("-", "").lower() == plain:
+            return gpu
+    raise InputError(f"--gpu: no GPU {name!r} is known; use one of {gpu_names()}")
 
 
-def known_cards() -> str:
-    return ", ".join(card.name for card in CARDS)
+def gpu_names() -> str:
+    """The names of the known GPUs, separated by commas."""
+    return ", ".join(gpu.name for gpu in GPUS)
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU; for a CPU, its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes that a GPU's allocator gave out, or that this process took on a CPU.
+
+    None for devices and systems that do not count them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu" and os.name == "posix":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver; None without one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()  # one for each GPU
+    return lines[0] if done.returncode == 0 and lines else None

@@ -1,11 +1,11 @@
-"""The run's seed."""
+"""The run's random seed."""
 
 import os
 
 
 def run_seed() -> int:
-    """What `seed_everything` was last given, in this process or the one that launched it; else 0.
+    """The seed that `seed_everything` was given in this process or its launcher; 0 without one.
 
-    Lightning keeps it in the environment, where launched ranks find it.
+    Lightning keeps it in an environment variable, which the ranks that it launches inherit.
     """
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))

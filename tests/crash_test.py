@@ -1,6 +1,6 @@
 """Kill a training run again and again, resume it each time, and compare how it ends.
 
-    python scripts/crash_test.py --kills 100
+    python tests/crash_test.py --kills 100
 
 A short run is trained once without interruption. Then it is trained again and again, stopped at
 random moments, mostly by SIGKILL, which nothing can catch, and resumed with `--ckpt_path last`.
@@ -22,10 +22,10 @@ from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
 import torch
-from plot_runs import scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hlbgpt.cli.main import main as hlbgpt
-from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs import load_checkpoint
 from hlbgpt.runs.logger import BY_TOKENS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -35,7 +35,7 @@ EXIT_CODES = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
 
 
 def arguments(text: Path, steps: int) -> list[str]:
-    """A small run that saves a checkpoint every few micro-batches, in the middle of passes too."""
+    """A small run of two micro-batches a step that saves a checkpoint every few steps."""
     sources = [f"--data.source.{split}={text / split}" for split in ("train", "validation")]
     return [
         "fit",
@@ -44,11 +44,11 @@ def arguments(text: Path, steps: int) -> list[str]:
         *sources,
         f"--data.cache_dir={text / 'cache'}",
         *("--data.sequence_length=32", "--data.eval_sequence_length=32"),
-        *("--data.eval_batch_size=60", "--data.micro_batch_size=16"),
+        *("--data.eval_batch_size=60", "--data.micro_batch_size=16", "--data.micro_batches=2"),
         *("--model.net.init_args.width=32", "--model.net.init_args.num_heads=2"),
         f"--trainer.max_steps={steps}",
-        *("--trainer.val_check_interval=7", "--trainer.accumulate_grad_batches=2"),
-        *("--trainer.log_every_n_steps=3", "--trainer.num_sanity_val_steps=0"),
+        *("--trainer.val_check_interval=4", "--trainer.num_sanity_val_steps=0"),
+        *("--trainer.log_every_n_steps=3", "--checkpoint.every_minutes=0.0005"),
         "--time_to_target.verbose=false",
         "--trainer.callbacks=[]",
     ]
@@ -78,7 +78,6 @@ def _run(words: list[str], folder: Path) -> NoReturn:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.argv = ["hlbgpt"]
         hlbgpt(words)
         code = 0
     except SystemExit as stop:
@@ -95,24 +94,23 @@ def outcome(folder: Path) -> dict[str, Any]:
         "weights": checkpoint["state_dict"],
         "optimizer": checkpoint["optimizer_states"],
         "schedule": checkpoint["lr_schedulers"],
-        "loops": {
-            key: value
-            for key, value in checkpoint["loops"]["fit_loop"].items()
-            if "val_loop" not in key  # a validation made twice was begun twice
-        },
-        "tokens": checkpoint["hlbgpt"]["tokens_seen"],
-        "random": checkpoint["hlbgpt"]["random"],
+        "step": checkpoint["global_step"],
+        "loader": checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"],
+        "hlbgpt": checkpoint["hlbgpt"],  # tokens, FLOPs, random state
         "curves": curves(folder / RUN),
     }
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of every curve as TensorBoard shows it, but those that measure time."""
-    return {
-        name: [(point.step, point.value) for point in points]
-        for name, points in [*scalars(run).items(), *scalars(run / BY_TOKENS).items()]
-        if not any(word in name for word in ("second", "memory", "mfu"))
-    }
+    found = {}
+    for folder in (run, run / BY_TOKENS):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            if not any(word in name for word in ("second", "memory", "mfu")):
+                found[name] = [(point.step, point.value) for point in events.Scalars(name)]
+    return found
 
 
 def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
@@ -121,7 +119,7 @@ def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
         return None if torch.equal(ours, theirs) else where
     if isinstance(ours, dict):
         if ours.keys() != theirs.keys():
-            return where
+            return f"{where}: {sorted(ours.keys() ^ theirs.keys())}"
         pairs = [(f"{where}.{key}", value, theirs[key]) for key, value in ours.items()]
     elif isinstance(ours, (list, tuple)):
         if len(ours) != len(theirs):
@@ -133,7 +131,7 @@ def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
 
 
 class Crashes:
-    """Stops runs and keeps count of what happened."""
+    """Stops runs, and counts what happened."""
 
     def __init__(self, words: list[str], seconds: float, seed: int) -> None:
         self.words, self.seconds = words, seconds
@@ -144,7 +142,7 @@ class Crashes:
         """Start or resume the run in `place` and stop it after a while; True if it ended before."""
         resumed = (place / LAST).is_file()
         last = ["fit", "--ckpt_path", "last"]
-        clock = self._train_seconds(place)
+        clock = _train_seconds(place)
         child = start(last if resumed else self.words, place)
         signum = self.random.choices(
             [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], weights=[8, 1, 1]
@@ -159,11 +157,11 @@ class Crashes:
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
             return True
-        self._after_stop(place, signum, status, resumed)
-        assert self._train_seconds(place) >= clock, "the clock went back"
+        self._check_after_stop(place, signum, status, resumed)
+        assert _train_seconds(place) >= clock, "the clock went back"
         return False
 
-    def _after_stop(self, place: Path, signum: int, status: int, resumed: bool) -> None:
+    def _check_after_stop(self, place: Path, signum: int, status: int, resumed: bool) -> None:
         name = signal.Signals(signum).name
         self.counts[f"stopped by {name}"] += 1
         self.counts["after a resume"] += resumed
@@ -178,11 +176,11 @@ class Crashes:
             for run in (place / "runs").glob("*/version_*"):  # to be started anew
                 run.rename(place / f"without_checkpoint_{time.monotonic_ns()}")
 
-    @staticmethod
-    def _train_seconds(place: Path) -> float:
-        if not (place / LAST).is_file():
-            return 0.0
-        return load_checkpoint(place / LAST)["callbacks"]["TimeToTarget"]["train_seconds"]
+
+def _train_seconds(place: Path) -> float:
+    if not (place / LAST).is_file():
+        return 0.0
+    return load_checkpoint(place / LAST)["callbacks"]["TimeToTarget"]["train_seconds"]
 
 
 def _is_writing(place: Path) -> bool:
@@ -192,9 +190,9 @@ def _is_writing(place: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="stops in all")
+    parser.add_argument("--kills", type=int, default=100, help="stops in total")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:

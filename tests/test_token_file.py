@@ -52,9 +52,7 @@ def test_a_file_holds_the_tokens_and_says_what_they_are(tmp_path: Path) -> None:
     assert file.tokens.tolist() == list(text)
     assert file.tokens.dtype == np.uint16
     header = file.header
-    assert (header.tokenizer, header.vocab_size, header.split) == ("bytes", 256, "train")
-    assert (header.tokens, header.text_bytes) == (len(text), len(text))
-    assert header.source == "test_tokenfile.Lines:lines:1000"
+    assert (header.tokenizer, header.tokens, header.text_bytes) == ("bytes", len(text), len(text))
     file.verify()
     assert [path.name for path in file.path.parent.iterdir()] == ["a.tokens"]
 
@@ -73,7 +71,9 @@ def test_an_empty_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"data\.cache_dir: .*/file: "):
+    with pytest.raises(
+        InputError, match=r"data: .*/file: File exists; .* data\.cache_dir a folder"
+    ):
         build(tmp_path / "file" / "a.tokens")
 
 
@@ -82,7 +82,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"data\.cache_dir: .*a\.tokens: No space left on device"):
+    with pytest.raises(InputError, match=r"data: .*a\.tokens: No space left on device; "):
         build(tmp_path / "a.tokens")
     assert list(tmp_path.iterdir()) == []
 
@@ -93,24 +93,25 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/texts/secret.txt")
             yield
 
-    with pytest.raises(InputError, match=r"data\.source: /texts/secret\.txt: Permission denied"):
+    with pytest.raises(InputError, match=r"data: /texts/secret\.txt: Permission denied; "):
         build(tmp_path / "a.tokens", Unreadable(3))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-2], "cut short or overwritten: its header promises"),
-        (lambda data: data[:-1], "cut short or overwritten"),
-        (lambda data: data + b"\0\0", "cut short or overwritten"),
+        (lambda data: data[:-2], "damaged: its header promises"),
+        (lambda data: data[:-1], "damaged: its header promises"),
+        (lambda data: data + b"\0\0", "damaged: its header promises"),
         (lambda data: data[:-2] + b"\1\1", "do not match the checksum"),
         (lambda data: data[:100], "header cannot be read"),
-        (lambda data: data[:7] + b"\x01" + data[8:], "format 01, this version reads 02"),
+        (lambda data: data[:7] + b"\x01" + data[8:], "not a token file of format version 3"),
+        (lambda data: bytes(5000), "not a token file of format version 3"),
+        (lambda data: b"", "not a token file of format version 3"),
         (lambda data: data.replace(b'"tokens"', b'"tokenz"', 1), "header cannot be read"),
-        (lambda data: data.replace(b'"split": "t', b'"split": 7, "', 1), "header cannot be read"),
     ],
 )
-def test_damage_is_noticed_and_mended(
+def test_damaged_files_are_rebuilt(
     tmp_path: Path, damage, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.tokens"
@@ -122,17 +123,8 @@ def test_damage_is_noticed_and_mended(
     build(path)
     assert path.read_bytes() == whole
     out = capsys.readouterr().out
-    assert message in out
+    assert out.count(message) == 1
     assert "building it again" in out
-
-
-@pytest.mark.parametrize("content", [b"", b"text", bytes(5000)])
-def test_what_is_no_token_file_is_left_alone(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.tokens"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="not a token file of hlbgpt; delete it or move it away"):
-        build(path)
-    assert path.read_bytes() == content
 
 
 @given(
@@ -216,13 +208,13 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -
     source = Witnessed(tmp_path, pause=5e-3)
     for _ in range(3):
         child = in_child(lambda: prepare(path, source))
-        while not list(path.parent.glob("*.tmp")):
+        while not list(path.parent.glob(".*.tmp")):
             time.sleep(1e-3)
         time.sleep(0.1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert not path.exists()
-        assert len(list(path.parent.glob("*.tmp"))) == 1
+        assert len(list(path.parent.glob(".*.tmp"))) == 1
     prepare(path, Lines(300))
     assert [path.name for path in path.parent.iterdir()] == ["a.tokens"]
     TokenFile(path).verify()
@@ -237,15 +229,6 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     with pytest.raises(InputError, match="changed while it was tokenized"):
         build(tmp_path / "a.tokens", Changing(10))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("field", ["tokenizer", "source", "split"])
-def test_a_file_of_something_else_is_refused(tmp_path: Path, field: str) -> None:
-    file = build(tmp_path / "a.tokens")
-    wanted = {"tokenizer": "bytes", "source": file.header.source, "split": "train"}
-    file.require(**wanted)
-    with pytest.raises(InputError, match=f"made with {field} .*, but this run asks for 'other'"):
-        file.require(**{**wanted, field: "other"})
 
 
 class SameFingerprint(Lines):
@@ -265,7 +248,7 @@ def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_MEMO_PIECES", 500)
+    monkeypatch.setattr(tokenizer, "_CACHED_PIECES", 500)
     monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 1 << 12)
 
     def peak(count: int) -> int:

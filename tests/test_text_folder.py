@@ -1,8 +1,6 @@
-"""A folder of texts: all of it in three splits, the same every time, whatever comes and goes."""
+"""A folder of texts becomes three splits, which are the same every time."""
 
-import itertools
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hlbgpt.data.sources
-from hlbgpt.data import TextFolder, textfolder
+from hlbgpt.data import TextFolder
 from hlbgpt.data.sources import SPLITS
+from hlbgpt.data.text_folder import cut
 from hlbgpt.utils.errors import InputError
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfolder, "_BLOCK", 40)
 
 
 def write(folder: Path, name: str, text: str) -> None:
@@ -37,12 +31,8 @@ def splits(folder: Path) -> dict[str, str]:
     return {split: "".join(source.chunks(split)) for split in SPLITS}
 
 
-def split_of(texts: dict[str, str]) -> dict[str, str]:
-    return {line: split for split, text in texts.items() for line in text.split("\n") if line}
-
-
 @given(
-    st.text("ab \n", max_size=400).map(lambda text: text * 5),
+    st.text("ab \n", min_size=1, max_size=400).map(lambda text: text * 5),
     st.lists(st.integers(1, 300)),
     st.integers(1, 20),
 )
@@ -54,33 +44,33 @@ def test_blocks_are_the_text_however_it_comes(text: str, sizes: list[int], block
             start += size
         yield text[start:]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(textfolder, "_BLOCK", block)
-        blocks = list(textfolder.cut(pieces()))
-        assert blocks == list(textfolder.cut(iter([text])))
-    assert "".join(blocks) == text
-    assert all(block <= len(part) <= 2 * block + 1 for part in blocks[:-1])
-    assert all(blocks)
+    blocks = list(cut(pieces(), block))
+    assert blocks == list(cut(iter([text]), block))
+    *first, last = blocks
+    assert all(block < len(part) <= 2 * block for part in first)
+    rest = text.removeprefix("".join(first))
+    assert 0 < len(rest) <= 2 * block
+    assert last == rest.rstrip("\n") + "\n\n"
 
 
-def test_blocks_end_with_paragraphs_or_else_lines_or_words(small_blocks) -> None:
+def test_blocks_end_with_paragraphs_or_else_lines_or_words() -> None:
     for mark in ("\n\n", "\n", " "):
         text = ("x" * 17 + mark) * 20
-        assert all(part.endswith(mark) for part in textfolder.cut(iter([text])))
-    assert {len(part) for part in textfolder.cut(iter(["x" * 800]))} == {80}
+        assert all(part.endswith(mark) for part in [*cut(iter([text]), 40)][:-1])
+    assert {len(part) for part in cut(iter(["x" * 800]), 40)} == {80, 82}
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("names", [1, 300], ids=["one large file", "many small ones"])
-def test_every_line_is_in_one_split(tmp_path: Path, names: int) -> None:
+@pytest.mark.parametrize("count", [6_000, 200_000])
+def test_every_line_is_in_one_split(tmp_path: Path, names: int, count: int) -> None:
     for i in range(names):
-        write(tmp_path, f"{i % 7}/{i}.txt", lines(3000 // names, f"f{i}"))
+        write(tmp_path, f"{i % 7}/{i}.txt", lines(count // names, f"f{i}"))
     texts = splits(tmp_path)
     every = [line for text in texts.values() for line in text.split("\n") if line]
-    assert len(every) == len(set(every)) == 3000
+    assert len(every) == len(set(every)) == count // names * names
     shares = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert shares == {
-        "train": pytest.approx(0.9, abs=0.04),
+        "train": pytest.approx(0.9, abs=0.03),
         "validation": pytest.approx(0.05, abs=0.02),
         "test": pytest.approx(0.05, abs=0.02),
     }
@@ -89,80 +79,51 @@ def test_every_line_is_in_one_split(tmp_path: Path, names: int) -> None:
         assert source.size(split) == pytest.approx(len(text.encode()), rel=0.5)
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_lines_stay_in_their_split_when_files_come_and_grow(tmp_path: Path) -> None:
-    write(tmp_path, "b.txt", lines(3000, "b"))
-    before = split_of(splits(tmp_path))
-    write(tmp_path, "a/a.md", lines(500, "a"))
-    with (tmp_path / "b.txt").open("a") as file:
-        file.write(lines(50, "more"))
-    after = split_of(splits(tmp_path))
-    assert len(after) == 3550
-    assert {line: after[line] for line in before} == before
+def test_the_19th_and_20th_of_every_20_blocks_are_held_out(tmp_path: Path) -> None:
+    for i in range(45):  # each a block, in the order of names
+        write(tmp_path, f"{i:02}.txt", f"document {i}" + "\n" * (i % 4))
+    wanted: dict[str, str] = dict.fromkeys(SPLITS, "")
+    for i in range(45):
+        split = {18: "validation", 19: "test"}.get(i % 20, "train")
+        wanted[split] += f"document {i}\n\n"
+    assert splits(tmp_path) == wanted
 
 
-def test_documents_are_told_apart_by_a_blank_line(tmp_path: Path) -> None:
-    for i, text in enumerate(["none", "one\n", "two\n\n"]):
-        for j in range(60):
-            write(tmp_path, f"{i}_{j:02}.txt", f"{text}")
+@pytest.mark.parametrize("letter", ["x", "é", "漢", "𝄞"])
+@pytest.mark.parametrize("count", [40_001, 150_000, 1_000_000])
+def test_40_000_characters_of_any_script_are_enough(
+    tmp_path: Path, letter: str, count: int
+) -> None:
+    write(tmp_path, "a.txt", letter * count)
     texts = splits(tmp_path)
-    for text in texts.values():
-        documents = text.split("\n\n")
-        assert documents.pop() == ""
-        assert set(documents) == {"none", "one", "two"}
-    assert sum(text.count("\n\n") for text in texts.values()) == 180
+    assert sum(text.count(letter) for text in texts.values()) == count
+    assert all(text.count(letter) >= count / 50 for text in texts.values())
 
 
-def test_a_gap_between_blocks_is_a_blank_line(tmp_path: Path, small_blocks) -> None:
-    write(tmp_path, "a.txt", lines(2000))
-    train = splits(tmp_path)["train"]
-    parts = [[int(line[-6:]) for line in part.splitlines()] for part in train.split("\n\n") if part]
-    assert len(parts) > 10
-    for part in parts:
-        assert part == list(range(part[0], part[-1] + 1))
-    for part, after in itertools.pairwise(parts):
-        assert after[0] > part[-1] + 1
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_three_files_are_enough(tmp_path: Path, seed: int) -> None:
-    random_name = random.Random(seed).random
-    for _ in range(3 + seed % 3):
-        write(tmp_path, f"{random_name()}.txt", "a few words, ")
-    assert all("a few words" in text for text in splits(tmp_path).values())
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("seed", range(20))
-def test_a_small_folder_has_enough_of_every_split(tmp_path: Path, seed: int) -> None:
-    write(tmp_path, f"{seed}.txt", lines(60))
-    total = len(lines(60))
-    assert all(len(text) >= total / 40 for text in splits(tmp_path).values())
-
-
-def test_what_is_too_little_or_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_folders_missing_files_and_too_little_text_are_named(tmp_path: Path) -> None:
     def error(*folder_and_pattern: str) -> str:
         with pytest.raises(InputError) as raised:
             list(TextFolder(*folder_and_pattern).chunks("train"))
         return str(raised.value)
 
     folder = str(tmp_path)
-    assert error(f"{folder}/nowhere").startswith("data.source.folder: no folder '")
-    assert f"no *.txt or *.md in '{folder}', only nothing; set" in error(folder)
+    assert f"cannot read folder '{folder}/nowhere' (No such file" in error(f"{folder}/nowhere")
+    assert f"no *.txt or *.md in '{folder}'; set data.source.pattern" in error(folder)
     write(tmp_path, "a.rst", "words")
     write(tmp_path, ".git/a.txt", "words")
     write(tmp_path, ".hidden.txt", "words")
-    assert "only *.rst; set data.source.pattern, such as" in error(folder)
-    assert "5 characters in " in error(folder, "*.rst")
+    assert "no *.txt or *.md in " in error(folder)
     write(tmp_path, "b.rst", "words")
-    assert "give at least three files or 65,536 characters" in error(folder, "*.rst")
+    assert "too short for a train, validation and test split; give at least 20 files or " in error(
+        folder, "*.rst"
+    )
 
 
 def test_bytes_in_errors_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hlbgpt.data.sources, "_BLOCK_BYTES", 7)
-    write(tmp_path, "a.txt", lines(9))
+    write(tmp_path, "a.txt", lines(5000))
     (tmp_path / "b.txt").write_bytes("é\n".encode() * 20 + b"\xff")
     with pytest.raises(InputError, match=r"b\.txt: not UTF-8 text at byte 60 "):
         splits(tmp_path)
@@ -176,7 +137,8 @@ def test_patterns_name_files_or_their_folders(tmp_path: Path) -> None:
         write(tmp_path, name, "words")
 
     def found(*pattern: str | list[str]) -> str:
-        return " ".join(TextFolder(str(tmp_path), *pattern).files())
+        files = TextFolder(str(tmp_path), *pattern).files()
+        return " ".join(Path(file).relative_to(tmp_path).as_posix() for file in files)
 
     assert found() == "a.txt b.md poems/deep/d.txt"
     assert found("*.rst") == "poems/c.rst"

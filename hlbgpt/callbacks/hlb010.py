@@ -1,4 +1,4 @@
-"""The seed's growing batch."""
+"""The batch of hlb-gpt 0.1.0, which grows while it trains."""
 
 import math
 import random
@@ -7,28 +7,30 @@ from typing import Any
 import lightning as L
 import torch
 
+from hlbgpt.callbacks.next_step import NextStep
+from hlbgpt.training.metrics import grad_norm
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.seed import run_seed
 
 
-class BatchGrowth(L.Callback):
+class HLB010BatchSize(NextStep):
     """Adds micro-batches to a step as the gradient norm stops falling (hlb-gpt 0.1.0).
 
     With g the gradient norm of a step, m its moving average and k the step's micro-batches, the
-    estimate n of the best number changes by k * rate * (target - (m - g)) and is at least 1; the
+    estimate n of the best number changes by k * rate * (target - (m - g)) and is at least 1. The
     next step takes floor(n) micro-batches, or one more with the fraction of n as the probability.
-    The batch therefore stays small while the norm falls faster than `target` a step.
+    So the batch stays small while the norm falls faster than `target` per step.
 
-    With `trainer.accumulate_grad_batches` above 1, that many batches count as one: four of
-    16 windows train like one of 64.
+    With `data.micro_batches` above 1, that many micro-batches count as one: four of 16 windows
+    train like one of 64.
 
-    The rule needs the norm on the host, so every step waits for the device, as the seed did.
+    The rule needs the norm on the host, so every step waits for the device, as in hlb-gpt.
 
     Args:
         rate: How fast the estimate follows.
-        target: The fall of the gradient norm below its average that leaves n as it is.
-        decay: Of the moving average.
-        initial_norm: Where the moving average starts.
+        target: Fall of the gradient norm below its average that leaves n unchanged.
+        decay: Decay of the moving average.
+        initial_norm: Initial value of the moving average.
     """
 
     def __init__(
@@ -42,23 +44,17 @@ class BatchGrowth(L.Callback):
         self.average = initial_norm
         self.estimate = 1.0
         self.micro_batches = 1
-        self._unit = 1
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModule)
-        self._unit = trainer.accumulate_grad_batches
-        pl_module.micro_batches = self.micro_batches * self._unit
+    def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
+        return {"micro_batches": self.micro_batches * module.data.micro_batches}
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
-        if pl_module.steps.skipped:
-            return
         # From seed and step: the same on every rank, and after a restart.
         coin = random.Random(f"{run_seed()} {trainer.global_step}").random()
-        self.update(pl_module.grad_norm().item(), coin=coin)
-        pl_module.micro_batches = self.micro_batches * self._unit
+        self.update(grad_norm(list(pl_module.net.parameters())).item(), coin=coin)
 
     def update(self, norm: float, *, coin: float) -> None:
         """Take in the gradient norm of a step; `coin` is uniform in [0, 1)."""
@@ -69,13 +65,8 @@ class BatchGrowth(L.Callback):
         self.micro_batches = whole + (coin < self.estimate - whole)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "average": self.average,
-            "estimate": self.estimate,
-            "micro_batches": self.micro_batches,
-        }
+        names = ("average", "estimate", "micro_batches")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.average = state_dict["average"]
-        self.estimate = state_dict["estimate"]
-        self.micro_batches = state_dict["micro_batches"]
+        vars(self).update(state_dict)

@@ -1,4 +1,4 @@
-"""What TensorBoard gets: names in groups, losses by tokens, norms, settings."""
+"""TensorBoard: metrics in groups, losses by tokens, norms, settings, samples."""
 
 import json
 from collections.abc import Callable
@@ -13,17 +13,15 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import nn
 
 from hlbgpt.optim import MuonAdamW, parameter_groups
-from hlbgpt.runs.config import compared_settings
-from hlbgpt.runs.logger import BY_TOKENS, CurveLogger
-from hlbgpt.training.metrics import StepLog
-
-VALIDATE = "--trainer.val_check_interval=6"  # micro-batches
+from hlbgpt.runs.config import hparams
+from hlbgpt.runs.logger import BY_TOKENS, RunLogger
+from hlbgpt.training.metrics import StepMetrics
 
 
 @pytest.fixture
 def events(hlbgpt: Callable[..., str], tiny: list[str]) -> EventAccumulator:
-    """Of a run of four steps with a validation after two and four."""
-    hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.accumulate_grad_batches=3", VALIDATE)
+    """The events of a run of four steps with validations after two and four."""
+    hlbgpt("fit", *QUICKSTART, *tiny, "--data.micro_batches=3")
     return EventAccumulator(str(RUN)).Reload()
 
 
@@ -31,7 +29,7 @@ def test_every_name_is_in_a_group(events: EventAccumulator) -> None:
     assert all("/" in tag for tag in events.Tags()["scalars"])
 
 
-def test_losses_have_their_place_in_tokens_and_seconds_of_training(
+def test_losses_are_logged_by_tokens_and_training_time(
     events: EventAccumulator,
 ) -> None:
     record = json.loads((RUN / "record.json").read_text())
@@ -53,7 +51,7 @@ def test_losses_have_their_place_in_tokens_and_seconds_of_training(
     assert seconds[-1] == pytest.approx(record["train_seconds"], rel=0.2)
 
 
-def test_the_settings_are_there_to_sort_runs_by(events: EventAccumulator) -> None:
+def test_settings_are_logged_as_text_and_hparams(events: EventAccumulator) -> None:
     text = (RUN / "config.yaml").read_text()
     (shown,) = events.Tensors("config/text_summary")
     assert shown.tensor_proto.string_val[0].decode() == f"```yaml\n{text}\n```"
@@ -62,20 +60,20 @@ def test_the_settings_are_there_to_sort_runs_by(events: EventAccumulator) -> Non
     kept = {name: value.WhichOneof("kind") for name, value in start.hparams.items()}
     assert kept["model.optimizer.lr"] == "number_value"
     assert start.hparams["model.net"].string_value == "hlbgpt.models.GPT"
-    assert start.hparams["trainer.accumulate_grad_batches"].number_value == 3
+    assert start.hparams["data.micro_batches"].number_value == 3
     assert not any(name.startswith(("trainer.logger", "config")) for name in kept)
     assert "time_to_target/train_seconds" in events.Tags()["scalars"]
 
 
-def test_settings_are_those_that_tell_runs_apart() -> None:
+def test_hparams_are_the_settings_that_distinguish_runs() -> None:
     settings = {
         "seed_everything": 3,
         "config": None,
         "trainer": {"precision": "32-true", "logger": {"class_path": "X"}, "max_steps": 5},
         "model": {"net": {"class_path": "a.B", "init_args": {"width": 8, "cutoffs": [1, 2]}}},
-        "data": {"seed": None, "prompts": []},
+        "data": {"seed": None, "prompts": ["a"], "cache_dir": "b"},
     }
-    assert compared_settings(yaml.safe_dump(settings)) == {
+    assert hparams(yaml.safe_dump(settings)) == {
         "seed_everything": 3,
         "trainer.precision": "32-true",
         "trainer.max_steps": 5,
@@ -94,10 +92,10 @@ def test_norms_by_group_are_those_of_gradient_and_update() -> None:
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    log = StepLog(norms=True)
-    values = log.of_gradients(optimizer)
+    metrics = StepMetrics(norms=True)
+    values = metrics.before_step(optimizer)
     optimizer.step()
-    values |= log.of_update(optimizer)
+    values |= metrics.after_step(optimizer)
     after = dict(net.named_parameters())
     groups_of = {
         "block_matrices": ["blocks.0.weight", "blocks.1.weight"],
@@ -111,22 +109,22 @@ def test_norms_by_group_are_those_of_gradient_and_update() -> None:
         torch.testing.assert_close(values[f"update_norm/{group}"], moves.norm())
     assert values["lr/block_matrices"] == 0.1
     assert values["momentum/block_matrices"] == 0.95
-    assert log.of_update(optimizer) == {}  # a step that is not logged
-    assert set(StepLog(norms=False).of_gradients(optimizer)) == {
+    assert metrics.after_step(optimizer) == {}  # a step that is not logged
+    assert set(StepMetrics(norms=False).before_step(optimizer)) == {
         *(f"lr/{group}" for group in groups_of),
         "momentum/block_matrices",
     }
 
 
-def test_curves_by_tokens_are_cut_back(tmp_path: Path) -> None:
-    """As a run that goes on from an earlier checkpoint asks for."""
-    first = CurveLogger(tmp_path, name="", version="")
+def test_losses_by_tokens_are_purged(tmp_path: Path) -> None:
+    """A run that resumes from an earlier checkpoint does this."""
+    first = RunLogger(tmp_path, name="", version="")
     for step in range(1, 6):
         place = {"tokens_seen": 100.0 * step, "train_seconds": float(step)}
         first.log_metrics({"train_loss": 5.0, **place}, step)
     first.finalize("failed")
-    second = CurveLogger(tmp_path, name="", version="")
-    second.cut_back(301)
+    second = RunLogger(tmp_path, name="", version="")
+    second.purge_tokens_from(301)
     second.log_metrics({"train_loss": 4.0, "tokens_seen": 400.0, "train_seconds": 9.0}, 4)
     second.finalize("success")
     folder = tmp_path / BY_TOKENS
@@ -141,8 +139,8 @@ def test_curves_by_tokens_are_cut_back(tmp_path: Path) -> None:
     ]
 
 
-def test_metrics_of_ones_own_keep_their_names(tmp_path: Path) -> None:
-    logger = CurveLogger(tmp_path, name="", version="")
+def test_other_metrics_keep_their_names(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path, name="", version="")
     logger.log_metrics({"mine": 1.0, "a/b": torch.tensor(2.0), "val_loss": 3.0}, 0)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path)).Reload()

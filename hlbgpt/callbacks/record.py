@@ -1,0 +1,100 @@
+"""The record of a run: its figures as JSON, as a table, and in the logs."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich import box
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from hlbgpt.runs.config import hparams
+from hlbgpt.runs.folder import CONFIG, run_folder
+from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.git import git_revision
+from hlbgpt.utils.hardware import device_name, driver_version, peak_memory
+from hlbgpt.utils.seed import run_seed
+
+
+def make_record(
+    trainer: L.Trainer, module: LanguageModule, result: dict[str, Any], clocks: dict[str, float]
+) -> dict[str, Any]:
+    """What `record.json` holds: the result, tokens, clocks, and what they were measured on."""
+    folder, device = run_folder(trainer), module.device
+    config = folder / CONFIG if folder else None
+    return {
+        **result,
+        "step": trainer.global_step,
+        "tokens": module.tokens_seen,
+        **clocks,
+        **module.throughput.means(clocks["train_seconds"]),
+        "parameters": sum(parameter.numel() for parameter in module.net.parameters()),
+        "seed": run_seed(),
+        "precision": str(trainer.precision),
+        "device": device_name(device),
+        "driver": driver_version() if device.type == "cuda" else None,
+        "devices": trainer.world_size,
+        "peak_memory_bytes": peak_memory(device),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "git_revision": git_revision(),
+        "config": str(config) if config and config.is_file() else None,
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The result in a line, and the figures in a table."""
+    value = "never validated" if record["value"] is None else f"{record['value']:.4f}"
+    what = "target met" if record["reached"] else "target NOT met"
+    verdict = (
+        f"{what}: {record['monitor']} {value} (target {record['target']:g}) at step "
+        f"{record['step']} after {record['tokens'] / 1e6:.2f}M tokens: "
+        f"{record['train_seconds']:.1f} s of training"
+    )
+    table = Table(box=box.SIMPLE, show_header=False)
+    for name, figure in _figures(record).items():
+        table.add_row(name, figure)
+    text = io.StringIO()
+    Terminal(file=text, width=100).print(table)
+    return f"{verdict}\n{text.getvalue().rstrip()}"
+
+
+def _figures(record: dict[str, Any]) -> dict[str, str]:
+    rate = record["tokens"] / record["train_seconds"] if record["train_seconds"] else 0.0
+    mfu = f", MFU {record['mfu']:.1%}" if record["mfu"] is not None else ""
+    memory = record["peak_memory_bytes"]
+    return {
+        "training": f"{record['train_seconds']:.1f} s, of which {record['data_seconds']:.1f} s "
+        "waiting for data",
+        "compilation": f"{record['compile_seconds']:.1f} s",
+        "validation": f"{record['validation_seconds']:.1f} s",
+        "checkpoints": f"{record['checkpoint_seconds']:.1f} s",
+        "in total": f"{record['wall_seconds']:.1f} s",
+        "speed": f"{rate:,.0f} tokens/s{mfu}",
+        "parameters": f"{record['parameters']:,}",
+        "peak memory": "unknown" if memory is None else f"{memory / 1e9:.2f} GB",
+        "device": f"{record['devices']} x {record['device']}, {record['precision']}",
+    }
+
+
+def log_record(trainer: L.Trainer, record: dict[str, Any]) -> None:
+    """Log the figures as scalars, and with the run's settings in TensorBoard's HParams tab."""
+    sorted_by = {name: record[name] for name in ("train_seconds", "value", "tokens")}  # first
+    figures = {
+        f"time_to_target/{name}": float(value)
+        for name, value in {**sorted_by, **record}.items()
+        if isinstance(value, (bool, int, float)) and name not in ("target", "seed", "devices")
+    }
+    settings: dict[str, Any] = {name: record[name] for name in ("precision", "device", "seed")}
+    if record["config"]:
+        settings = hparams(Path(record["config"]).read_text(encoding="utf-8")) | settings
+    with_hparams = tensorboard_loggers(trainer.loggers)
+    for logger in with_hparams:
+        logger.log_hyperparams(settings, metrics=figures, step=record["step"])
+        logger.save()
+    for other in trainer.loggers:
+        if other not in with_hparams:
+            other.log_metrics(figures, step=record["step"])

@@ -1,0 +1,264 @@
+"""The command line as a LightningCLI: its settings, and what a run is given beyond them."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from hlbgpt.callbacks import Console, LastCheckpoint, StopOnDivergence, TimeToTarget, TokenSchedule
+from hlbgpt.cli.checks import check_trainer_settings
+from hlbgpt.cli.parser import Parser
+from hlbgpt.cli.save_config import SaveConfig
+from hlbgpt.data import TokenDataModule
+from hlbgpt.runs import RunLogger, load_checkpoint, require_matching_weights
+from hlbgpt.runs.config import CONFIG_KEY, changed_settings, config_name
+from hlbgpt.runs.folder import (
+    RUNS,
+    claim_folder,
+    exclusive,
+    folder_of,
+    is_unfinished,
+    last_checkpoint,
+    newest_checkpoint,
+    reclaim_folder,
+    require_unused,
+    run_folder,
+)
+from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.resume import require_steps_left, require_training_state
+from hlbgpt.utils.errors import InputError
+
+COMMANDS = {
+    "fit": "Train until the target is met, and record the time.",
+    "validate": "Measure a checkpoint on the validation split.",
+    "test": "Measure a checkpoint on the test split.",
+    "predict": "Continue prompts with a checkpoint, and print the text.",
+}
+_DESCRIPTION = "Train a small GPT until its validation loss meets a target, and time it."
+
+
+class CLI(LightningCLI):
+    """LightningCLI with a folder for each run, callbacks that are always there, and short errors.
+
+    Building it parses the words and instantiates what they name; `run` carries the command out.
+
+    Args:
+        words: Words of the command line, the command first.
+        callbacks: Callbacks added to those of the config.
+        device: Device on which to build the network and nothing else, such as `meta`; None to
+            build the whole run.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        callbacks: Sequence[L.Callback] = (),
+        device: str | None = None,
+    ) -> None:
+        self.build_device = device
+        self.resources = contextlib.ExitStack()  # held until the command has ended
+        self.checkpoint: dict[str, Any] = {}
+        self.checkpoint_path: Path | None = None
+        self._command = words[0] if words and words[0] in COMMANDS else None
+        super().__init__(
+            LanguageModule,
+            TokenDataModule,
+            save_config_callback=SaveConfig if self._command == "fit" else None,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_class=Parser,
+            parser_kwargs={"prog": "hlbgpt", "description": _DESCRIPTION}
+            | {name: {"description": COMMANDS[name]} for name in self.subcommands()},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # Settings stored in a checkpoint would silently win over those typed.
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "enable_model_summary": False,
+                "max_epochs": -1,  # training batches are drawn without end
+                "callbacks": list(callbacks),
+            },
+            args=list(words),
+        )
+
+    # --- parsing ------------------------------------------------------------------------------
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is asked for, or all of them: each takes a while to set up."""
+        known = LightningCLI.subcommands()
+        return {self._command: known[self._command]} if self._command else known
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # without Lightning's warning about sys.argv
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The order of their hooks: what is divergent is neither recorded nor saved.
+        parser.add_lightning_class_args(StopOnDivergence, "divergence")
+        parser.add_lightning_class_args(TokenSchedule, "schedule")
+        parser.add_lightning_class_args(TimeToTarget, "time_to_target")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Console, "console")
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from the checkpoint; what is typed is what runs."""
+
+    def _set_seed(self) -> None:
+        if self.build_device is not None:
+            return
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
+    @property
+    def settings(self) -> Any:
+        """The parsed settings of the command."""
+        return self.config[self.subcommand]
+
+    # --- building -----------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        check_trainer_settings(self.settings.trainer, this_machine=self.build_device is None)
+        if self.build_device is None:
+            self._find_checkpoint()
+
+    def _find_checkpoint(self) -> None:
+        """Turn `ckpt_path` into the path of a file, and read the file."""
+        settings, name = self.settings, config_name(self.settings.get("config"))
+        if settings.ckpt_path == "last":
+            settings.ckpt_path = str(newest_checkpoint(name))
+        elif settings.ckpt_path is None and self.subcommand == "fit":
+            settings.ckpt_path = self._unfinished_run()
+        if settings.ckpt_path is None:
+            return
+        if not Path(settings.ckpt_path).is_file():
+            raise InputError(
+                f"ckpt_path: no file {settings.ckpt_path!r}; name a checkpoint (.ckpt), or 'last'"
+            )
+        self.checkpoint = load_checkpoint(settings.ckpt_path)
+        self.checkpoint_path = Path(settings.ckpt_path)
+        if self.subcommand == "fit":
+            require_training_state(self.checkpoint)
+
+    def _unfinished_run(self) -> str | None:
+        """The checkpoint in a typed folder: the same command again resumes the run there."""
+        root = self.settings.trainer.default_root_dir
+        path = last_checkpoint(Path(root)) if root else None
+        return str(path) if path and is_unfinished(path) else None
+
+    def instantiate_classes(self) -> None:
+        """Build what the config names; what a class refuses becomes a one-line error."""
+        try:
+            if self.build_device is None:
+                super().instantiate_classes()
+            else:
+                with torch.device(self.build_device):
+                    self.config_init = self.parser.instantiate_classes(self.config)
+        except ValueError as error:
+            raise _innermost(error) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Fill in what the config leaves open, without writing it into the saved config."""
+        settings = self.config_init[self.subcommand].trainer
+        keys = self._parser(self.subcommand).callback_keys
+        if settings.enable_checkpointing is False:
+            keys.remove("checkpoint")
+        own_bar = any(isinstance(c, ProgressBar) for c in settings.callbacks or [])
+        if own_bar or settings.enable_progress_bar is False or self.subcommand != "fit":
+            keys.remove("console")
+            if settings.enable_progress_bar is None:
+                # Not between the texts that `predict` prints.
+                shown = self.subcommand != "predict" and sys.stdout.isatty()
+                kwargs["enable_progress_bar"] = own_bar or shown
+        if self.subcommand != "fit":
+            kwargs.setdefault("logger", settings.logger or False)
+        elif not settings.fast_dev_run:
+            kwargs |= self._folder(settings)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise InputError(f"trainer: {error}") from error
+
+    def _folder(self, settings: Any) -> dict[str, Any]:
+        """Give the run a folder that no other run has: runs/<config name>/version_N.
+
+        A run that was cut short continues in its own. Its curves are cut back to the checkpoint,
+        because the steps after it are made again.
+        """
+        purge_step, typed = None, settings.default_root_dir
+        path = self.checkpoint_path
+        resumes = path is not None and is_unfinished(path)
+        if path and resumes and (typed is None or _same(Path(typed), folder_of(path))):
+            folder = reclaim_folder(folder_of(path))
+            purge_step = self.checkpoint["global_step"]
+        elif typed is not None:
+            require_unused(folder := Path(typed))
+        else:
+            folder = claim_folder(RUNS / config_name(self.settings.get("config")))
+        if "LOCAL_RANK" not in os.environ:
+            self.resources.enter_context(exclusive(folder))
+        found: dict[str, Any] = {"default_root_dir": str(folder)}
+        if settings.logger in (None, True):
+            found["logger"] = RunLogger(
+                folder, name="", version="", default_hp_metric=False, purge_step=purge_step
+            )
+        return found
+
+    # --- running ------------------------------------------------------------------------------
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Wait for `run`: a run is built first, and looked at, and then carried out."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        with self.resources:
+            super()._run_subcommand(str(self.subcommand))
+
+    def before_fit(self) -> None:
+        """Print which settings differ from those of the checkpoint."""
+        if not self.checkpoint:
+            return
+        require_matching_weights(self.model, self.checkpoint, str(self.checkpoint_path))
+        # A run killed after its last step has still to write its record.
+        if not (self.checkpoint_path and is_unfinished(self.checkpoint_path)):
+            require_steps_left(self.checkpoint, self.trainer.max_steps)
+        stored = self.checkpoint.get(CONFIG_KEY)
+        if stored and "LOCAL_RANK" not in os.environ:
+            now = self._parser(self.subcommand).dump(self.settings, skip_none=False)
+            for line in changed_settings(stored, now):
+                print(f"resume: {line}")
+        self.checkpoint = {}  # frees memory; the trainer reads the file again
+
+    def after_fit(self) -> None:
+        folder = run_folder(self.trainer)
+        if folder and self.trainer.is_global_zero:
+            print(f"run folder: {folder}")
+            if tensorboard_loggers(self.trainer.loggers):
+                logs = RUNS if RUNS in folder.parents else folder
+                print(f"curves: tensorboard --logdir {logs}")
+            if (checkpoint := last_checkpoint(folder)).is_file():
+                print(f"text: hlbgpt predict --ckpt_path {checkpoint} --data.prompts 'The '")
+
+
+def _same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve()
+
+
+def _innermost(error: ValueError) -> InputError:
+    """What a class said, which jsonargparse wraps in errors of its own."""
+    inner: BaseException | None = error
+    deepest = error
+    while inner is not None:
+        if isinstance(inner, InputError):
+            return inner
+        if type(inner) is ValueError:
+            deepest = inner
+        inner = inner.__cause__ or inner.__context__
+    return InputError(str(deepest))

@@ -1,0 +1,57 @@
+"""The callback that saves a run's settings."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
+
+from hlbgpt.runs.config import CONFIG_KEY
+from hlbgpt.runs.folder import CONFIG, release_claim, run_folder
+from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.utils.files import atomic_write
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the run's whole config in its folder, its checkpoints and TensorBoard."""
+
+    _text = ""
+    _folder = Path()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)  # asked by all ranks; what follows runs on one
+        assert folder is not None
+        self._folder = folder
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        config = self.config.clone()
+        path = self._folder / CONFIG
+        if path.exists():  # the run continues in its folder; it did not start from a checkpoint
+            config.ckpt_path = None
+        self._text = self.parser.dump(config, skip_none=False)
+        if not path.exists():
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(self._text, encoding="utf-8")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Replace the settings of a run that continues with others, now that they are accepted.
+
+        From here on the run's folder is kept, however the run ends.
+        """
+        release_claim()
+        for logger in tensorboard_loggers(trainer.loggers):
+            logger.experiment.add_text("config", f"```yaml\n{self._text}\n```", 0)
+        path = self._folder / CONFIG
+        if trainer.is_global_zero and path.read_text(encoding="utf-8") != self._text:
+            path.replace(path.with_name(f"config.until_step_{trainer.global_step}.yaml"))
+            self._write(path)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CONFIG_KEY] = self._text

@@ -1,0 +1,70 @@
+"""Streaming detokenizer: turns tokens into text while they are generated, up to a stop string."""
+
+import codecs
+from collections.abc import Callable, Sequence
+
+import tiktoken
+
+
+class StreamingDetokenizer:
+    """Decodes one text token by token.
+
+    A token may end inside a UTF-8 character or inside a stop string. Text that later tokens may
+    still change is held back.
+
+    Args:
+        encoding: The tokenizer.
+        stop: Stop strings, none of them empty. The first one to be complete ends the text, the
+            longest if several are; the text then ends before it.
+        write: Called with each new piece of text.
+
+    Attributes:
+        text: The prompt and its continuation, without text that is held back.
+        stopped: Whether a stop string has ended the text.
+    """
+
+    def __init__(
+        self,
+        encoding: tiktoken.Encoding,
+        stop: Sequence[str] = (),
+        write: Callable[[str], None] | None = None,
+    ) -> None:
+        self.text, self.stopped = "", False
+        self._encoding, self._stop, self._write = encoding, stop, write
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pending = ""
+
+    def add_prompt(self, tokens: list[int]) -> None:
+        """Decode the prompt, in which stop strings are ignored."""
+        self._emit(self._utf8.decode(self._encoding.decode_bytes(tokens)))
+
+    def add_token(self, token: int) -> bool:
+        """Decode the next token; returns False once a stop string has ended the text."""
+        self._add(self._utf8.decode(self._encoding.decode_single_token_bytes(token)))
+        return not self.stopped
+
+    def finalize(self) -> None:
+        """Write what was held back, because no more tokens will come."""
+        if not self.stopped:
+            self._add(self._utf8.decode(b"", final=True))
+        if not self.stopped:
+            self._emit(self._pending)
+
+    def _add(self, piece: str) -> None:
+        for character in piece:
+            self._pending += character
+            if complete := [stop for stop in self._stop if self._pending.endswith(stop)]:
+                self.stopped = True
+                self._emit(self._pending[: -max(map(len, complete))])
+                return
+        held = len(self._pending)  # characters at the end that may be the start of a stop string
+        while held and not any(s.startswith(self._pending[-held:]) for s in self._stop):
+            held -= 1
+        final = len(self._pending) - held
+        self._emit(self._pending[:final])
+        self._pending = self._pending[final:]
+
+    def _emit(self, piece: str) -> None:
+        self.text += piece
+        if piece and self._write is not None:
+            self._write(piece)

@@ -1,0 +1,90 @@
+"""Checks that trainer, network and data fit together, made before anything that takes long."""
+
+import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from hlbgpt.data import TokenDataModule
+from hlbgpt.models import Network
+from hlbgpt.utils.errors import InputError
+
+_DEFAULT_MAX_EPOCHS = 1000  # what Lightning sets where neither steps nor epochs are given
+
+
+def require_supported(trainer: L.Trainer) -> None:
+    """Raise InputError for settings that assume epochs: the training loader has no end."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if trainer.max_epochs not in (None, -1, _DEFAULT_MAX_EPOCHS):
+        raise InputError(
+            f"trainer.max_epochs: {trainer.max_epochs}, but training batches are drawn without "
+            "end; set trainer.max_steps and leave max_epochs at -1"
+        )
+    for key, default in (("overfit_batches", 0.0), ("limit_train_batches", 1.0)):
+        if (value := getattr(trainer, key)) != default or (isinstance(value, int) and value):
+            raise InputError(
+                f"trainer.{key}: {value}, but training batches are drawn without end; leave it "
+                "out and set trainer.max_steps"
+            )
+    interval = getattr(trainer, "val_check_interval", "a time")
+    if not isinstance(interval, int) and interval != 1.0:
+        raise InputError(
+            f"trainer.val_check_interval: {interval!r} is no number of steps; give an integer, "
+            "such as 100"
+        )
+    if trainer.check_val_every_n_epoch not in (None, 1):
+        raise InputError(
+            f"trainer.check_val_every_n_epoch: {trainer.check_val_every_n_epoch}, but there are no "
+            "epochs; set trainer.val_check_interval to a number of steps"
+        )
+
+
+def require_no_accumulation(trainer: L.Trainer, key: str) -> None:
+    """Raise InputError if gradients are accumulated twice: by Lightning, and as `key` says."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches != 1 or any(
+        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
+    ):
+        raise InputError(
+            f"trainer.accumulate_grad_batches (or GradientAccumulationScheduler) and {key} both "
+            "split a step into micro-batches; leave out the former and set data.micro_batches"
+        )
+
+
+def require_schedule_length(total_steps: int | None, trainer: L.Trainer) -> None:
+    """Raise InputError if a learning-rate schedule of `total_steps` ends before the run does."""
+    if total_steps is not None and not 0 < trainer.max_steps <= total_steps:
+        raise InputError(
+            f"trainer.max_steps: {trainer.max_steps}, but the learning-rate schedule ends at "
+            f"total_steps {total_steps}; set both to the same number (a resumed run keeps its "
+            "schedule)"
+        )
+
+
+def require_vocabulary(net: Network, data: TokenDataModule) -> None:
+    """Raise InputError if the network has fewer logits than the tokenizer has tokens."""
+    if net.vocab_size < data.vocab_size:
+        raise InputError(
+            f"model.net vocab_size: {net.vocab_size} is less than the {data.vocab_size} tokens of "
+            f"data.tokenizer {data.tokenizer}; raise it"
+        )
+
+
+def require_context(net: Network, sequence_length: int, key: str) -> None:
+    """Raise InputError, which names `key`, for sequences longer than the network can read."""
+    context = net.max_sequence_length
+    if context is not None and sequence_length > context:
+        raise InputError(
+            f"{key}: {sequence_length} is longer than the network's context (max_sequence_length "
+            f"{context}); lower it or give the network more"
+        )
+
+
+def summary(trainer: L.Trainer, net: Network, data: TokenDataModule) -> str:
+    """One line that says what is about to be trained, and on what."""
+    train = data.files["train"].header
+    tokens = data.micro_batch_size * data.sequence_length * trainer.world_size
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return (
+        f"{type(net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
+        f"({train.tokenizer}); micro-batch: {tokens:,} tokens; {trainer.precision}"
+    )

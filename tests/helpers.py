@@ -1,0 +1,85 @@
+"""A small network, its data and a trainer, without the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from hlbgpt.callbacks import LastCheckpoint
+from hlbgpt.data import TextFiles, TokenDataModule
+from hlbgpt.models import GPT
+from hlbgpt.training.module import LanguageModule
+
+
+def small_gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, num_blocks=2)
+
+
+def make(
+    folder: Path, cache: Path, *, optimizer: Any = None, lr_scheduler: Any = None, **data: Any
+) -> tuple[LanguageModule, TokenDataModule]:
+    """A module with SGD that learns nothing, if no optimizer is given, and its datamodule."""
+    optimizer = optimizer or (lambda groups: torch.optim.SGD(groups, lr=0.0))
+    module = LanguageModule(small_gpt(), optimizer, lr_scheduler, compile=False)
+    sizes = {"sequence_length": 32, "micro_batch_size": 4, "eval_sequence_length": 32}
+    source = TextFiles(folder=str(folder))
+    return module, TokenDataModule(source, "bytes", cache_dir=str(cache), **(sizes | data))
+
+
+def trainer(tmp_path: Path, **arguments: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "max_epochs": -1,
+        "default_root_dir": tmp_path,
+    }
+    if any(isinstance(callback, Checkpoint) for callback in arguments.get("callbacks", [])):
+        del defaults["enable_checkpointing"]
+    return L.Trainer(**(defaults | arguments))
+
+
+def sgd(lr: float) -> Any:
+    return lambda groups: torch.optim.SGD(groups, lr=lr)
+
+
+def fit(
+    folder: Path, tmp_path: Path, *callbacks: L.Callback, lr: float = 0.5, **arguments: Any
+) -> tuple[L.Trainer, LanguageModule]:
+    """Train the small network for 8 steps, with a validation every 2 steps."""
+    data = {name: arguments.pop(name) for name in ("micro_batches",) if name in arguments}
+    module, datamodule = make(folder, tmp_path, optimizer=sgd(lr), eval_batch_size=64, **data)
+    arguments = {
+        "max_steps": 8,
+        "limit_val_batches": 1.0,
+        "val_check_interval": 2,
+        "num_sanity_val_steps": 1,
+        "callbacks": list(callbacks),
+    } | arguments
+    ckpt_path = arguments.pop("ckpt_path", None)
+    run = trainer(tmp_path, **arguments)
+    run.fit(module, datamodule, ckpt_path=ckpt_path)
+    return run, module
+
+
+class SaveAfter(LastCheckpoint):
+    """A `LastCheckpoint` that saves after some steps, whatever the time."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.every_minutes = 1e-9 if trainer.global_step + 1 in self.steps else 1e9
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())

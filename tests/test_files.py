@@ -1,0 +1,82 @@
+"""Locks between processes and atomic writes."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hlbgpt.utils.files import atomic_write, locked
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_disk_that_is_full_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].txt"
+    code = (
+        "import os, sys; from pathlib import Path; from hlbgpt.utils.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    assert len(names(tmp_path)) == 1
+    other = tmp_path / ".b.txt.1.tmp"
+    other.touch()
+    with atomic_write(path) as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == [other.name, path.name]
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "b" / "a") as temporary:
+        temporary.write_text("new")
+
+
+def test_a_lock_is_held_against_others(tmp_path: Path) -> None:
+    with locked(tmp_path, wait=False) as first:
+        assert first
+        with locked(tmp_path, wait=False) as second:
+            assert not second
+    with locked(tmp_path, wait=True) as again:
+        assert again
