@@ -1,9 +1,9 @@
 """Find training runs on disk and read their curves, for scripts/plot.py."""
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,23 +34,14 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCurves:
-    """What one run left in its folder.
-
-    Attributes:
-        folder: The run's folder.
-        name: Name of the config, or of the config and variant in a benchmark.
-        settings: The run's config.yaml with dotted keys; empty if there is no such file.
-        record: The run's record.json; empty while the run is unfinished.
-        losses: Validation loss by each of `AXES`.
-        rates: Learning rate by steps for each parameter group.
-    """
+    """What one run left in its folder."""
 
     folder: Path
-    name: str
-    settings: dict[str, Any]
-    record: dict[str, Any]
-    losses: dict[str, Curve]
-    rates: dict[str, Curve]
+    name: str  # of the config, or of the config and variant in a benchmark
+    settings: dict[str, Any]  # the run's config.yaml with dotted keys
+    record: dict[str, Any]  # the run's record.json; empty while the run is unfinished
+    losses: dict[str, Curve]  # validation loss by each of `AXES`
+    rates: dict[str, Curve]  # learning rate by steps for each parameter group
 
     @property
     def seed(self) -> Any:
@@ -62,60 +53,36 @@ class RunCurves:
         monitor = self.settings.get("time_to_target.monitor", "val_loss")
         return self.settings.get("time_to_target.target") if monitor == "val_loss" else None
 
-    def differs_in_seed_only(self, other: "RunCurves") -> bool:
-        """Whether both runs are complete samples of one experiment with different seeds."""
-        first, second = (
-            {key: run.settings[key] for key in run.settings if not NOT_COMPARED.fullmatch(key)}
-            for run in (self, other)
-        )
-        finished = bool(self.record and other.record)
-        return finished and (self.name, first) == (other.name, second) and self.seed != other.seed
-
 
 def find_runs(arguments: Sequence[str]) -> list[RunCurves]:
-    """Read all runs in the folders that are named, each as FOLDER or NAME=FOLDER.
-
-    Raises:
-        InputError: if a folder is missing or contains no run, or if a run's file is broken.
-    """
-    runs: dict[Path, RunCurves] = {}
+    """Read all runs in folders given as FOLDER or NAME=FOLDER; raises InputError without a run."""
+    names: dict[Path, str] = {}
     for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not equals or Path(argument).exists():
-            name, path = "", argument
-        if not Path(path).is_dir():
-            raise InputError(f"{argument}: no such folder; name a run's folder, or one above it")
-        folders = sorted(_run_folders(Path(path)))
+        named = not Path(argument).is_dir()  # a folder's name may contain "="
+        name, _, path = argument.rpartition("=") if named else ("", "", argument)
+        configs = sorted(Path(path).resolve().rglob(CONFIG))
+        folders = [config.parent for config in configs if any(config.parent.glob(EVENTS))]
         if not folders:
             raise InputError(
-                f"{argument}: contains no run; name a folder with {CONFIG} and {EVENTS} in it, "
+                f"{argument}: no run is there; name a folder with {CONFIG} and {EVENTS} in it, "
                 "such as runs/quickstart/version_0, or one above it"
             )
-        for folder in folders:
-            if folder.resolve() not in runs:
-                runs[folder.resolve()] = read_run(folder, name)
-    return list(runs.values())
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for path, folders, files in os.walk(folder):
-        if CONFIG in files and any(Path(path).glob(EVENTS)):
-            folders.clear()  # a run contains no other run
-            yield Path(path)
+        names = dict.fromkeys(folders, name) | names
+    return [read_run(folder, name) for folder, name in names.items()]
 
 
 def read_run(folder: Path, name: str = "") -> RunCurves:
-    """Read the run in `folder`; raises InputError if one of its files is broken."""
+    """Read the run in `folder`."""
+    record = folder / RECORD
     by_step = scalars(folder)
-    by_tokens = scalars(folder / BY_TOKENS) if (folder / BY_TOKENS).is_dir() else {}
-    loss = by_tokens.get(f"loss_{BY_TOKENS}/val_loss", [])  # its `step` counts tokens
+    loss = scalars(folder / BY_TOKENS).get(f"loss_{BY_TOKENS}/val_loss", [])
     return RunCurves(
         folder=folder,
-        name=name or _default_name(folder.absolute()),
-        settings=flat_settings(_read(folder / CONFIG)),
-        record=_read(folder / RECORD),
+        name=name or _default_name(folder),
+        settings=flat_settings(yaml.safe_load((folder / CONFIG).read_text("utf-8"))),
+        record=json.loads(record.read_text("utf-8")) if record.is_file() else {},
         losses={
-            TOKENS: _curve(loss, scale=1e-6),
+            TOKENS: _curve(loss, scale=1e-6),  # its `step` counts tokens
             STEPS: _curve(by_step.get(tag("val_loss"), [])),
             SECONDS: _curve(loss, "wall_time"),
         },
@@ -125,6 +92,8 @@ def read_run(folder: Path, name: str = "") -> RunCurves:
 
 def scalars(folder: Path) -> dict[str, list[ScalarEvent]]:
     """Every TensorBoard curve in `folder`, without steps that a resumed run repeated."""
+    if not folder.is_dir():
+        return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {name: events.Scalars(name) for name in events.Tags()["scalars"]}
@@ -135,40 +104,30 @@ def _curve(events: Sequence[ScalarEvent], x: str = "step", scale: float = 1.0) -
     return Curve(*np.array(points, dtype=float).reshape(-1, 2).T)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML or JSON file; empty if there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-        return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: no valid {path.suffix[1:].upper()}; remove this run") from error
-
-
 def _default_name(folder: Path) -> str:
     """Config of runs/CONFIG/version_N; config and variant of OUT/CONFIG/VARIANT/seed_N."""
     if re.fullmatch(r"seed_\d+", folder.name):
-        variant, config = folder.parents[0].name, folder.parents[1].name
-        return config if variant == "as_is" else f"{config}, {variant.replace('_', ' ')}"
+        return f"{folder.parents[1].name}, {folder.parent.name.replace('_', ' ')}"
     return folder.parent.name if re.fullmatch(r"version_\d+", folder.name) else folder.name
 
 
 def group_by_variant(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
     """Group finished runs that differ in the random seed only; returns the groups by label.
 
-    An unfinished run is a group of its own, because a mean must not include a part of a run.
+    An unfinished run is a group of its own, because a mean must not include a part of a run. So is
+    a second run with the same seed, because it is no other sample.
     """
-    groups: list[list[RunCurves]] = []
+    groups: dict[tuple[Any, ...], list[RunCurves]] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     for run in runs:
-        for group in groups:
-            if all(run.differs_in_seed_only(other) for other in group):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    names = [group[0].name + ("" if group[0].record else ", unfinished") for group in groups]
+        compared = {key: v for key, v in run.settings.items() if not NOT_COMPARED.fullmatch(key)}
+        key = (run.name, repr(sorted(compared.items())), "" if run.record else run.folder)
+        seen[key, run.seed] += 1
+        groups.setdefault((*key, seen[key, run.seed]), []).append(run)
+    labels = [name if done == "" else f"{name}, unfinished" for name, _, done, _ in groups]
     return {
-        name if names.count(name) == 1 else f"{name} ({group[0].folder})": group
-        for name, group in zip(names, groups, strict=True)
+        label if labels.count(label) == 1 else f"{label} ({group[0].folder})": group
+        for label, group in zip(labels, groups.values(), strict=True)
     }
 
 

@@ -58,7 +58,10 @@ FIT = [
     # ranges
     (["--trainer.max_steps=0"], "trainer.max_steps: 0 is less than 1; set it higher, or -1"),
     (["--trainer.max_steps=-5"], "trainer.max_steps: -5 is less than 1; set it higher, or -1"),
-    (["--trainer.max_steps=100000"], "trainer.max_steps: 100000, but the learning-rate schedule ends"),
+    (
+        ["--trainer.max_steps=100000"],
+        "trainer.max_steps: 100000, but the learning-rate schedule ends",
+    ),
     (["--trainer.max_epochs=0"], "trainer.max_epochs: 0 is less than 1"),
     (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps: 0 is less than 1"),
     (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 is less than 1"),
@@ -277,7 +280,9 @@ def test_a_checkpoint_that_carries_code_is_refused(hlbgpt, tiny, capfd, tmp_path
     torch.save({"state_dict": {}, "extra": Malice()}, "evil.ckpt")
     for command in ("fit", "validate", "test", "predict"):
         arguments = [command, *QUICKSTART, *tiny, "--ckpt_path=evil.ckpt"]
-        assert "is incomplete, is no checkpoint, or contains code" in error_of(hlbgpt, capfd, *arguments)
+        assert "is incomplete, is no checkpoint, or contains code" in error_of(
+            hlbgpt, capfd, *arguments
+        )
     assert not (tmp_path / "owned").exists()
 
 

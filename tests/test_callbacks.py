@@ -1,7 +1,6 @@
 """The callbacks: the clock and its record, the growing batch, the weight decay."""
 
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import fit, make, read_record, sgd, trainer
+from helpers import fit, make, read_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +17,6 @@ from hlbgpt.callbacks import (
     HLB010BatchSize,
     LastCheckpoint,
     LossScaledWeightDecay,
-    SequenceLengthDoubling,
     TimeToTarget,
 )
 from hlbgpt.data import TrainLoader
@@ -26,7 +24,6 @@ from hlbgpt.runs import load_checkpoint
 from hlbgpt.utils.clock import Stopwatch, process_seconds
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.git import git_revision
-
 
 # --- TimeToTarget -----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_readme import README
 
-from hlbgpt.cli.cli import CLI
+from hlbgpt.cli.lightning_cli import CLI
 
 
 def fit_parser(monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import QUICKSTART, RUN
+from helpers import fit, read_record
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as Terminal
-from helpers import fit, read_record
 
 import hlbgpt.callbacks.console as console
 from hlbgpt.callbacks import Console, TimeToTarget

@@ -10,7 +10,7 @@ from conftest import QUICKSTART
 from helpers import SaveAfter, fit
 
 from hlbgpt.callbacks import LastCheckpoint, StopOnDivergence, TimeToTarget
-from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.checkpoint_io import load_checkpoint
 from hlbgpt.utils.errors import DivergedError
 
 

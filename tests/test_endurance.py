@@ -11,23 +11,22 @@ from crash_test import curves
 from test_interrupt import LONGER, SIGNAL
 from test_resume import assert_same
 
-from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.checkpoint_io import load_checkpoint
 
 pytestmark = pytest.mark.slow
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_a_run_killed_again_and_again_ends_the_same() -> None:
-    command = [sys.executable, str(SCRIPTS / "crash_test.py"), "--kills", "20", "--seed", "3"]
+    script = Path(__file__).with_name("crash_test.py")
+    command = [sys.executable, str(script), "--kills", "20", "--seed", "3"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert out.startswith("20 stops; ")
     assert "runs got to their end, all of them equal" in out
 
 
 def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) -> None:
-    """One of them gets the signal, in the middle of an accumulation; both end as if never told."""
+    """One of them gets the signal; both end as if they had never been stopped."""
     (tmp_path / "mine.py").write_text(SIGNAL)
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", *LONGER]
 
@@ -38,11 +37,11 @@ def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) 
     whole = hlbgpt("fit", *QUICKSTART, *tiny, *two)
     assert whole.returncode == 0, whole.stderr
     (tmp_path / "runs").rename(tmp_path / "whole")
-    values = {"name": "SIGTERM", "hook": "on_train_batch_start", "count": 8}
+    values = {"name": "SIGTERM", "hook": "on_train_batch_start", "count": 5}
     sends = [f"--trainer.callbacks.{key}={value}" for key, value in values.items()]
     stopped = hlbgpt("fit", *QUICKSTART, *tiny, *two, "--trainer.callbacks+=mine.Signal", *sends)
     assert stopped.returncode == 143, stopped.stderr
-    assert "stopped by SIGTERM after step 4; go on with: " in stopped.stdout
+    assert "stopped by SIGTERM after step 5; resume with: " in stopped.stdout
     resumed = hlbgpt("fit", "--ckpt_path", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in (tmp_path / RUN).parent.iterdir()] == ["version_0"]
@@ -74,6 +73,7 @@ print(time.perf_counter() - start, peak_memory(torch.device("cpu")))
 
 
 @pytest.mark.usefixtures("gpt2")
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 def test_a_text_of_two_gigabytes_takes_no_more_memory(tmp_path: Path, text: str) -> None:
     """Each is tokenized in a process of its own; `pytest -m slow -s` shows the speed."""
 
@@ -84,7 +84,8 @@ def test_a_text_of_two_gigabytes_takes_no_more_memory(tmp_path: Path, text: str)
             for number in range(megabytes * 1_000_000 // len(block)):
                 # Words of its own in each block, as a long text goes on to have.
                 file.write(block + f" word{number} of block{number}\n".encode() * 20)
-        command = [sys.executable, "-c", TOKENIZE, str(path)]
+        # Linux counts the peak of the parent as the child's own; a small shell between hides ours.
+        command = ["sh", "-c", '"$@" || exit 1', "sh", sys.executable, "-c", TOKENIZE, str(path)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         path.unlink()
         seconds, memory = map(float, out.splitlines()[-1].split())

@@ -3,19 +3,15 @@
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import generate_speed
 import pytest
 import tiktoken
 import torch
-from conftest import CONFIGS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hlbgpt.data.loaders import PromptLoader
 from hlbgpt.data.tokenizer import load_tokenizer
 from hlbgpt.generation import (
     SamplingConfig,
@@ -36,7 +32,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "fast, tables": lambda **sizes: FastGPT(num_heads=2, **TABLES, **sizes),
     "fast, pointer": lambda **sizes: FastGPT(num_heads=2, pointer_dim=8, **sizes),
     "fast, bare": lambda **sizes: FastGPT(
-        num_heads=2, token_shift=False, x0_shortcut=False, pointer_dim=8, pointer_ngrams=0, **sizes
+        num_heads=2, token_shift=False, pointer_dim=8, pointer_ngrams=0, **sizes
     ),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -383,34 +379,3 @@ def test_text_is_streamed_to_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     _, pieces = texts_of(speaker, ["The "], stream=stream)
     assert (len(pieces) > 1) == (terminal if stream is None else stream)
-
-
-@given(lengths=st.lists(st.integers(1, 9), max_size=20), batch_size=st.integers(1, 25))
-def test_prompts_come_in_order_in_full_batches(lengths: list[int], batch_size: int) -> None:
-    prompts = [prompt.tolist() for prompt in prompts_of(*lengths)]
-    batches = list(stream := PromptLoader(prompts, batch_size))
-    assert len(stream) == len(batches)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    assert all(0 < len(batch) <= batch_size for batch in batches)
-    assert [prompt.tolist() for batch in batches for prompt in batch] == prompts
-
-
-# --- scripts/generate_speed.py --------------------------------------------------------------------
-
-
-def test_speed_of_a_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    words = ["--config", str(CONFIGS / "proxy.yaml"), "--model.net.init_args.width=32"]
-    monkeypatch.setattr(sys, "argv", ["generate_speed.py", *words, "--tokens=4", "--repeats=2"])
-    generate_speed.main()
-    out = capsys.readouterr().out
-    assert out.startswith("FastGPT: ")
-    assert "; 4 tokens; n=2; " in out
-    assert "\nratio of the medians: " in out
-    monkeypatch.setattr(sys, "argv", ["generate_speed.py", *words, "--tokens=0"])
-    with pytest.raises(SystemExit):
-        generate_speed.main()
-    assert "error: --tokens: 0 is less than 1" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 
-from hlbgpt.models import GPT, HLB041, FastGPT
+from hlbgpt.models import GPT, FastGPT
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.planning import Shape, plan_memory, plan_run
 from hlbgpt.utils.hardware import GPUS, gpu_named
@@ -48,12 +48,11 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_plan_of_a_schedule(plan, tmp_path: Path) -> None:
     out = plan(*SMALL, "--gpu", "a100")
     assert "16 steps, 4,096 tokens" in out
-    shapes = [line.split()[:7] for line in out.splitlines() if " x " in line][1:]
+    shapes = [line.split() for line in out.splitlines() if " x " in line][1:]
     assert shapes == [
         ["16", "x", "8", "x", "2", "8", "2,048"],
         ["32", "x", "4", "x", "2", "8", "2,048"],
     ]
-    assert "estimated, not measured" in out
     assert "\nA100 " in out
     assert "\nH100" not in out
     assert not list(tmp_path.iterdir())
@@ -63,14 +62,18 @@ def test_plan_without_a_schedule_uses_the_settings_of_the_data(plan) -> None:
     words = ["--config", str(CONFIGS / "hlb041.yaml"), "--trainer.max_steps=10"]
     out = plan(*words, "--data.micro_batches=3")
     assert f"10 steps, {10 * 3 * 56 * 1024:,} tokens" in out
-    assert "callbacks may change the shapes: SequenceLengthDoubling, HLB041BatchSize" in out
     assert all(f"\n{gpu.name} " in out for gpu in GPUS)
+    assert plan_run([*words, "--data.max_tokens=57345"]).tokens == 2 * 56 * 1024
 
 
-def test_more_devices_share_the_tokens_of_a_step() -> None:
-    one, two = plan_run(SMALL), plan_run([*SMALL, "--trainer.devices=2"])
-    assert (two.tokens, two.flops) == (one.tokens, one.flops)
-    assert [shape.micro_batches for shape in two.steps] == [1, 1]
+def test_times_follow_from_flops_and_peak() -> None:
+    plan, gpu = plan_run(SPEEDRUN), gpu_named("A100")
+    each = [
+        n * w * m * steps * plan.net.flops_per_token(n) for (n, w, m), steps in plan.steps.items()
+    ]
+    assert plan.flops == pytest.approx(sum(each))
+    low, high = sum(each) / gpu.flops / 0.5, sum(each) / gpu.flops / 0.15
+    assert f" {low:.0f} to {high:.0f} " in script.report(plan, [gpu])
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -90,7 +93,6 @@ def test_every_config_has_a_plan(config: Path, plan) -> None:
         ),
         ([*SMALL, "--model.optimizer.momentum=2"], "momentum"),
         ([*SMALL, "--schedule.table=[]"], "max_steps: -1, and no schedule.table"),
-        ([*SMALL, "--schedule.table=[]", "--trainer.max_steps=0"], "trainer.max_steps: 0"),
     ],
 )
 def test_errors_take_one_line(words: list[str], says: str, plan, capsys) -> None:
@@ -109,7 +111,7 @@ def test_memory_that_does_not_depend_on_batches_is_exact(method: str) -> None:
 
     with torch.device("meta"):
         net = FastGPT(**SIZES, num_heads=2)
-    planned = plan_memory(net, optimizer, Shape(8, 2, 1))
+    planned = plan_memory(net, optimizer, Shape(8, 2, 1), autocast=None)
     net = FastGPT(**SIZES, num_heads=2)
     built = optimizer(parameter_groups(net))
     tokens = torch.zeros(2, 8, dtype=torch.int64)
@@ -141,39 +143,3 @@ def test_activations_are_what_autograd_saves(autocast: torch.dtype | None) -> No
     for parameter in net.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     assert planned["activations"] == sum(saved.values())
-    assert planned["largest gradient"] == 3 * 16 * 96 * 4  # fp32 logits
-
-
-def test_times_rise_with_products_and_memory_traffic() -> None:
-    plan, gpu = plan_run(SMALL), gpu_named("A100")
-    products, wide = plan.flops / gpu.flops, gpu._replace(bandwidth=1e30)
-    assert plan.seconds(wide) == pytest.approx((products / 0.5, products / 0.3))
-    fast = gpu._replace(flops=1e30)
-    low, high = plan.seconds(fast)
-    assert low == pytest.approx(high)  # traffic alone
-    assert plan.seconds(gpu) == pytest.approx((max(products / 0.5, low), products / 0.3 + high))
-
-
-@pytest.mark.parametrize(("gpu", "expected"), [("A100", 30), ("H100-SXM", 14)])
-def test_times_contain_an_estimate_kernel_by_kernel(gpu: str, expected: float) -> None:
-    """That estimate adds up the kernels of a compiled step; nothing of it was measured either."""
-    low, high = plan_run(SPEEDRUN).seconds(gpu_named(gpu))
-    assert low < expected < high < 3 * low
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: FastGPT(width=2560, num_heads=20, num_blocks=16),
-        lambda: HLB041(width=2560, num_blocks=27),
-    ],
-    ids=["FastGPT", "HLB041"],
-)
-def test_networks_of_any_size_have_a_plan(make) -> None:
-    with torch.device("meta"):
-        net = make()
-    memory = plan_memory(net, MuonAdamW, Shape(1024, 16, 1), autocast=torch.bfloat16)
-    parameters = sum(p.numel() for p in net.parameters())
-    assert 1.3e9 < parameters < 1.7e9
-    assert memory["optimizer state"] == pytest.approx(8 * parameters, rel=1e-3)
-    assert 1e10 < memory["activations"] < 1e11

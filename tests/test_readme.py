@@ -1,4 +1,4 @@
-"""Every command and example of the README works; CI runs the two that set everything up."""
+"""Every command and file of the README works; CI runs the two commands that set everything up."""
 
 import json
 import re
@@ -7,124 +7,115 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, TINY, fitting
+from conftest import CONFIGS, fitting
 
-README = (CONFIGS.parent / "README.md").read_text()
+ROOT = CONFIGS.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
 SETUP = [line for line in COMMANDS if "venv" in line]
+# Arguments that make the work of a script small.
+FEWER = {
+    "tests/crash_test.py": ["--kills", "1", "--steps", "8"],
+    "scripts/benchmark.py": ["--seeds", "1", "--"],
+}
 
 
 def test_every_block_is_known() -> None:
     assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
-    programs = ("hlbgpt ", "tensorboard ", "python scripts/")
+    programs = ("hlbgpt ", "tensorboard ", "python scripts/", "python tests/")
     assert all(line.startswith(programs) or line in SETUP for line in COMMANDS)
     assert "<!-- quickstart -->\n```bash\n" + SETUP[0] in README
     assert "<!-- tests -->\n```bash\n" + SETUP[1] in README
+    for language, text in BLOCKS:
+        name, *lines = text.splitlines()
+        if language != "bash":
+            assert re.fullmatch(r"# \w+\.(py|yaml)", name)
+            assert len(lines) <= 20
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert links
-    assert all((CONFIGS.parent / link).is_file() for link in links)
+@pytest.mark.parametrize("folder", ["", "configs", "scripts", "tests", "hlbgpt", "hlbgpt/*"])
+def test_links_lead_somewhere(folder: str) -> None:
+    files = list(ROOT.glob(f"{folder}/README.md" if folder else "README.md"))
+    assert files
+    for file in files:
+        links = re.findall(r"\]\((?!http)([^)]+)\)", file.read_text())
+        assert [link for link in links if not (file.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("block", [text for language, text in BLOCKS if language == "python"])
-def test_examples_are_short(block: str) -> None:
-    name, *lines = block.splitlines()
-    assert re.fullmatch(r"# \w+\.py", name)
-    assert len(lines) <= 20
+def write_files(folder: Path) -> None:
+    """Write what the commands of the README read into the current folder."""
+    for name in ("configs", "scripts", "tests"):
+        Path(name).symlink_to(ROOT / name)
+    for name, split in {"train": "train", "validation": "valid", "test": "test"}.items():
+        shutil.copy(folder / f"wiki.{split}.raw", f"{name}.txt")
+    Path("my_texts").mkdir()
+    shutil.copy("train.txt", "my_texts")
+    for language, block in BLOCKS:
+        if language != "bash":
+            Path(block.splitlines()[0].removeprefix("# ")).write_text(block)
 
 
-def small(arguments: list[str], sources: list[str]) -> list[str]:
-    """The arguments with everything made small that they do not set themselves."""
-    if "--ckpt_path" in arguments:
-        return [*arguments, "--trainer.max_steps=6"] if arguments[0] == "fit" else arguments
-    own = "--data.source" in arguments or "own_text.yaml" in arguments
-    extra = sources[-1:] if own else sources
-    given = " ".join(arguments)
-    dropped = "model.net." if "--model.net " in given else "nothing"
-    config = Path(arguments[arguments.index("--config") + 1])
-    suited = fitting(config, TINY)
-    return [*arguments, *extra, *[argument for argument in suited if dropped not in argument]]
+def small(words: list[str], tiny: list[str]) -> list[str]:
+    """The words of a command, and arguments that make everything small that they leave open."""
+    if "--ckpt_path" in words:
+        return [*words, "--trainer.max_steps=6"] if words[0] == "fit" else words
+    extra = fitting(Path(words[words.index("--config") + 1]), tiny)
+    if "schedule.yaml" in words:
+        extra = [word for word in extra if not word.startswith("--schedule")]
+        extra += ["--model.net.init_args.max_sequence_length=128"]
+    typed = tuple(f"{word}." for word in words if word.startswith("--"))
+    return [*words, *[word for word in extra if not f"{word.split('=')[0]}.".startswith(typed)]]
 
 
-# What makes the work of a script small.
-FEWER = {
-    "scripts/crash_test.py": ["--kills", "1", "--steps", "8"],
-    "scripts/benchmark.py": ["--seeds", "1"],
-    "scripts/generate_speed.py": ["--tokens", "4", "--repeats", "1"],
-}
-
-
-def tiny_for(arguments: list[str], tiny: list[str]) -> list[str]:
-    return ["--", *tiny] if arguments[0] == "scripts/benchmark.py" else []
-
-
-def script(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+def run(*words: str) -> str:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
+    return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("race", [line for line in COMMANDS if "proxy" in line])
-def test_the_races_of_the_recipes(
-    race: str, tmp_path: Path, folder: Path, gpt2: object, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "proxy" in line])
+def test_comparisons_of_recipes(
+    command: str, tmp_path: Path, folder: Path, gpt2: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("configs", "scripts"):
-        Path(name).symlink_to(CONFIGS.parent / name)
-    _, *arguments = shlex.split(re.sub(r"seeds \d", "seeds 1", race.replace("FOLDER", str(folder))))
-    script(*arguments, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
-    results = Path(arguments[arguments.index("--out") + 1]) / "results.csv"
-    runs = arguments.count("--config") * (1 + arguments.count("--variant"))
-    assert len(results.read_text().splitlines()) == 1 + runs
+    write_files(folder)
+    _, *words = shlex.split(re.sub(r"seeds \d", "seeds 1", command.replace("FOLDER", str(folder))))
+    run(*words, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
+    results = json.loads((Path(words[words.index("--out") + 1]) / "results.json").read_text())
+    count = words.count("--config") * (1 + words.count("--variant"))
+    assert len(results["runs"]) == count
 
 
 def test_commands_in_the_order_of_the_readme(
-    hlbgpt, tiny: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+    hlbgpt: Callable[..., str], tiny: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("configs", "scripts"):
-        Path(name).symlink_to(CONFIGS.parent / name)
-    for name, split in {"train": "train", "validation": "valid", "test": "test"}.items():
-        Path(f"{name}.txt").write_bytes((folder / f"wiki.{split}.raw").read_bytes())
-    Path("my_texts").mkdir()
-    shutil.copy("train.txt", "my_texts")
-    texts = Path("train.txt").read_text().split("\n \n")
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    for language, block in BLOCKS:
-        if language != "bash":
-            name = block.splitlines()[0].removeprefix("# ")
-            Path(name).write_text(block)
+    write_files(folder)
     hlbgpt("fit", "--config", "configs/quickstart.yaml", *tiny)
-    for name in ("use.py", "train.py"):
-        runpy.run_path(name)
+    runpy.run_path("use.py")
     out = capfd.readouterr().out
     assert out.startswith("Return the ")
-    assert Path("quickstart.safetensors").is_file()
     assert "runs/quickstart/version_1" in out
+    assert Path("quickstart.safetensors").is_file()
     shutil.rmtree("runs/quickstart/version_1")
     for line in COMMANDS:
-        if line in SETUP:
+        program, *words = shlex.split(line.replace("FOLDER", str(folder)))
+        if line in SETUP or "proxy" in line:
             continue
-        program, *arguments = shlex.split(line.replace("FOLDER", str(folder)))
         if program == "python":
-            if "proxy" not in line:
-                script(*arguments, *FEWER.get(arguments[0], []), *tiny_for(arguments, tiny))
-            continue
-        if program == "tensorboard":
-            command = [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]
-            shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            assert "val_loss" in shown
-            continue
-        out = hlbgpt(*small(arguments, tiny[:3]))
-        if "SayHello" in line or "more.yaml" in line:
-            assert "hello, reader" in out
-        if arguments[0] == "fit":
-            assert "target NOT met" in out, line
-        if arguments[0] == "predict":
-            assert out.startswith(("Return the ", "If ")), line
+            of_benchmark = tiny if words[0] == "scripts/benchmark.py" else []
+            run(*words, *FEWER.get(words[0], []), *of_benchmark)
+        elif program == "tensorboard":
+            assert "val_loss" in run("-m", "tensorboard.main", "--inspect", *words)
+        else:
+            out = hlbgpt(*small(words, tiny))
+            assert words[0] != "fit" or "target NOT met" in out, line
+            assert words[0] != "predict" or out.startswith(("Return the ", "If ")), line
+            greets = "mine.SayHello" in line or "more.yaml" in line
+            assert not greets or "hello, reader" in out

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from crash_test import curves, difference
+from helpers import trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import trainer
 from recipes import MAX_STEPS, RECIPES
 
 from hlbgpt.callbacks import LastCheckpoint, TimeToTarget

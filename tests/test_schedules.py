@@ -68,9 +68,14 @@ def test_training_follows_the_table(folder: Path, tmp_path: Path) -> None:
 def test_the_cut_into_micro_batches_changes_nothing(
     folder: Path, tmp_path: Path, micro_batch_tokens: Any
 ) -> None:
-    whole = fit(folder, tmp_path, TokenSchedule(TABLE, micro_batch_tokens=10**6), optimizer=sgd(0.5))
+    whole = fit(
+        folder, tmp_path, TokenSchedule(TABLE, micro_batch_tokens=10**6), optimizer=sgd(0.5)
+    )
     cut = fit(
-        folder, tmp_path, TokenSchedule(TABLE, micro_batch_tokens=micro_batch_tokens), optimizer=sgd(0.5)
+        folder,
+        tmp_path,
+        TokenSchedule(TABLE, micro_batch_tokens=micro_batch_tokens),
+        optimizer=sgd(0.5),
     )
     assert whole.tokens_seen == cut.tokens_seen
     for ours, theirs in zip(cut.net.parameters(), whole.net.parameters(), strict=True):

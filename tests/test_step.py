@@ -1,6 +1,7 @@
 """A batch is one optimizer step: compared with a plain loop over micro-batches."""
 
 import contextlib
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from hlbgpt.callbacks import NextStep
+from hlbgpt.callbacks import StepShape
 from hlbgpt.models import GPT
-from hlbgpt.optim import MuonAdamW, parameter_groups
+from hlbgpt.optim import parameter_groups
 from hlbgpt.runs import RunLogger
 from hlbgpt.utils.errors import InputError
 
 
-class MicroBatches(NextStep):
+class MicroBatches(StepShape):
     """Lets each step have its own number of micro-batches, and keeps all batches."""
 
     def __init__(self, *numbers: int) -> None:
@@ -41,10 +42,6 @@ class MicroBatches(NextStep):
 
 def adamw(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.01)
-
-
-def muon(groups: Any) -> torch.optim.Optimizer:
-    return MuonAdamW(groups, {"block_matrices": {"method": "muon", "lr": 0.02}}, lr=0.01)
 
 
 def halving(optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -142,21 +139,16 @@ def test_every_optimizer_may_call_the_closure_again(folder: Path, tmp_path: Path
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [sgd(0.5), muon], ids=["sgd", "muon"])
-def test_smaller_micro_batches_give_the_same_step(
-    folder: Path, tmp_path: Path, optimizer: Any
-) -> None:
-    """As the overlays for small cards rely on."""
+def test_smaller_micro_batches_give_the_same_step(folder: Path, tmp_path: Path) -> None:
+    """The overlays for small cards rely on it."""
     nets = []
     for micro_batches, size in ((1, 12), (4, 3)):
         sizes = {"micro_batches": micro_batches, "micro_batch_size": size}
-        module, data = make(folder, tmp_path, optimizer=optimizer, **sizes)
+        module, data = make(folder, tmp_path, optimizer=sgd(0.5), **sizes)
         trainer(tmp_path, max_steps=3).fit(module, data)
         nets.append(module.net)
     for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-3, atol=2e-3 if optimizer is muon else 1e-5
-        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_scaler_skips_and_unscales_once_a_step(folder: Path, tmp_path: Path) -> None:
@@ -184,7 +176,7 @@ def test_the_gradient_scaler_skips_and_unscales_once_a_step(folder: Path, tmp_pa
     assert not torch.equal(weights[0], weights[1])
     assert not math.isfinite(norms[0])
     assert norms[1] < 1
-    moved = [(now - then).norm() for then, now in zip(weights, weights[1:], strict=False)]
+    moved = [(now - then).norm() for then, now in itertools.pairwise(weights)]
     assert all(distance <= 0.5 * 1e-3 * 1.01 for distance in moved)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hlbgpt.runs.folder import last_checkpoint, run_folder
-from hlbgpt.training.metrics import grad_norm
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.step_metrics import grad_norm
 from hlbgpt.utils.errors import DivergedError
 
 

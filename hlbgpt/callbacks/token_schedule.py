@@ -5,7 +5,7 @@ from typing import Literal
 
 import lightning as L
 
-from hlbgpt.callbacks.next_step import NextStep
+from hlbgpt.callbacks.step_shape import StepShape
 from hlbgpt.optim.schedules import PlannedStep, ScheduleRow, check_table, plan_steps, step_shapes
 from hlbgpt.training.checks import require_context
 from hlbgpt.training.memory import fitting_tokens
@@ -13,7 +13,7 @@ from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError, require_positive
 
 
-class TokenSchedule(NextStep):
+class TokenSchedule(StepShape):
     """Makes a run follow a table in tokens; with an empty table it does nothing.
 
     The table decides over shapes, micro-batches, learning rate, momentum, validations and the end

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from hlbgpt.callbacks import TokenSchedule
-from hlbgpt.cli.checks import require_readable_configs
-from hlbgpt.cli.cli import CLI
+from hlbgpt.cli.config_checks import require_readable_configs
+from hlbgpt.cli.lightning_cli import CLI
 from hlbgpt.cli.parser import UsageError, one_line
 from hlbgpt.models import Network
 from hlbgpt.runs.config import config_name, with_saved_config

@@ -2,7 +2,7 @@
 
 from hlbgpt.data.datamodule import TokenDataModule
 from hlbgpt.data.hub import HubText
-from hlbgpt.data.loaders import EvalLoader, PromptLoader, TrainLoader
+from hlbgpt.data.loaders import EvalLoader, TrainLoader
 from hlbgpt.data.python_docs import PythonDocs
 from hlbgpt.data.sources import TextFiles, TextSource
 from hlbgpt.data.text_folder import TextFolder
@@ -10,7 +10,6 @@ from hlbgpt.data.text_folder import TextFolder
 __all__ = [
     "EvalLoader",
     "HubText",
-    "PromptLoader",
     "PythonDocs",
     "TextFiles",
     "TextFolder",

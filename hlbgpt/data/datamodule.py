@@ -8,8 +8,9 @@ import lightning as L
 import numpy as np
 import tiktoken
 import torch
+from torch.utils.data import DataLoader
 
-from hlbgpt.data.loaders import EvalLoader, PromptLoader, TrainLoader
+from hlbgpt.data.loaders import EvalLoader, TrainLoader
 from hlbgpt.data.sources import SPLITS, TextSource
 from hlbgpt.data.token_file import TokenFile, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
@@ -31,8 +32,8 @@ _SPLITS_OF_STAGE = {
 class TokenDataModule(L.LightningDataModule):
     """Tokens of a text in three splits, tokenized once and kept in a cache folder.
 
-    A training batch is one optimizer step: (micro_batches, B, T + 1) int64 on the device. An
-    evaluation batch is (B, T + 1) int64, where -1 fills up short windows.
+    A training batch is one optimizer step: (micro_batches, B, T + 1) int64. An evaluation batch is
+    (B, T + 1) int64, where -1 fills up short windows.
 
     Args:
         source: Where the text comes from: `hlbgpt.data.TextFolder`, `TextFiles`, `HubText`,
@@ -180,16 +181,10 @@ class TokenDataModule(L.LightningDataModule):
             **self._rank(),
         )
 
-    def predict_dataloader(self) -> PromptLoader:
-        return PromptLoader([self.encode(text) for text in self.prompts], self.eval_batch_size)
-
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Move a batch to the device; tokens become int64 there."""
-        if isinstance(batch, torch.Tensor):
-            return batch.to(device, non_blocking=True).to(torch.int64)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+    def predict_dataloader(self) -> DataLoader:
+        """Batches are lists of prompts, (t,) int64 of different lengths t."""
+        prompts: Any = [torch.tensor(self.encode(text)) for text in self.prompts]
+        return DataLoader(prompts, batch_size=self.eval_batch_size, collate_fn=list)
 
     # --- tokens -------------------------------------------------------------------------------
 

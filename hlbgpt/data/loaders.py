@@ -1,4 +1,4 @@
-"""Loaders: random windows for training, consecutive windows for evaluation, prompts for prediction.
+"""Loaders: random windows for training, consecutive windows for evaluation.
 
 Shapes: M micro-batches of an optimizer step, B windows of a micro-batch on each device, T predicted
 tokens of a window. A window is T + 1 tokens: `[:-1]` are the inputs, `[1:]` the targets.
@@ -18,7 +18,7 @@ _ENDLESS = 1 << 40  # steps; any length keeps Lightning from reading a batch ahe
 
 
 class TrainLoader:
-    """Hands out the tokens of one optimizer step at a time, without end: (M, B, T + 1).
+    """Hands out the tokens of one optimizer step at a time, without end: (M, B, T + 1) int64.
 
     An epoch cuts the tokens into windows from a random phase and shuffles them, so that every
     window comes once. Each of `world_size` ranks takes its own windows of a micro-batch. Phase and
@@ -115,11 +115,11 @@ class TrainLoader:
             yield step
 
     def _gather(self, offsets: np.ndarray) -> Tensor:
-        """Windows that start at `offsets` (M, B): (M, B, T + 1), int32 on the CPU, else int64."""
+        """Windows that start at `offsets` (M, B): (M, B, T + 1) int64."""
         if self._device_tokens is None:
             view = np.lib.stride_tricks.sliding_window_view
             windows = view(self._tokens, self.sequence_length + 1)
-            return torch.from_numpy(windows[offsets].astype(np.int32))
+            return torch.from_numpy(windows[offsets].astype(np.int64))
         device = self._device_tokens.device
         start = torch.from_numpy(offsets).to(device, non_blocking=True)
         places = start[..., None] + torch.arange(self.sequence_length + 1, device=device)
@@ -202,18 +202,3 @@ class EvalLoader:
                 tokens = self._tokens[start : start + self.sequence_length + 1]
                 batch[row, : len(tokens)] = tokens
             yield torch.from_numpy(batch)
-
-
-class PromptLoader:
-    """Prompts in batches: lists of at most `batch_size` tensors (t,) int64 of any lengths t."""
-
-    def __init__(self, prompts: list[list[int]], batch_size: int) -> None:
-        self._prompts, self.batch_size = prompts, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._prompts) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for start in range(0, len(self._prompts), self.batch_size):
-            batch = self._prompts[start : start + self.batch_size]
-            yield [torch.tensor(prompt, dtype=torch.int64) for prompt in batch]

@@ -106,11 +106,7 @@ class TextFiles(TextSource):
         self.files = {"train": train, "validation": validation, "test": test}
 
     def path(self, split: str) -> Path:
-        """Return the file of `split`.
-
-        Raises:
-            InputError: There is no such file.
-        """
+        """Return the file of `split`. Raises InputError if there is none."""
         if (file := self.files[split]) is not None:
             path = Path(file).expanduser()
             if not path.is_file():

@@ -58,7 +58,7 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = _read_header(path)
-        found = path.stat().st_size - _HEADER_BYTES
+        found = max(0, path.stat().st_size - _HEADER_BYTES)
         if found != 2 * self.header.tokens or found == 0:
             raise DamagedFileError(
                 f"{path}: damaged: its header promises {self.header.tokens} tokens, the file "

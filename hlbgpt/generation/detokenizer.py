@@ -9,13 +9,13 @@ import tiktoken
 class StreamingDetokenizer:
     """Decodes one text token by token.
 
-    A token may end inside a UTF-8 character or inside a stop string. Text that later tokens may
-    still change is held back.
+    A token may end inside a UTF-8 character or inside a stop string, so text that later tokens may
+    still change is held back. The text ends before the first stop string to be complete, the
+    longest if several are.
 
     Args:
         encoding: The tokenizer.
-        stop: Stop strings, none of them empty. The first one to be complete ends the text, the
-            longest if several are; the text then ends before it.
+        stop: Stop strings, none of them empty.
         write: Called with each new piece of text.
 
     Attributes:
@@ -57,10 +57,9 @@ class StreamingDetokenizer:
                 self.stopped = True
                 self._emit(self._pending[: -max(map(len, complete))])
                 return
-        held = len(self._pending)  # characters at the end that may be the start of a stop string
-        while held and not any(s.startswith(self._pending[-held:]) for s in self._stop):
-            held -= 1
-        final = len(self._pending) - held
+        final = 0  # characters before the first that may begin a stop string
+        while not any(stop.startswith(self._pending[final:]) for stop in [*self._stop, ""]):
+            final += 1
         self._emit(self._pending[:final])
         self._pending = self._pending[final:]
 

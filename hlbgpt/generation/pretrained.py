@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
 from hlbgpt.generation.sampling import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
-from hlbgpt.runs.checkpoint import load_checkpoint
+from hlbgpt.runs.checkpoint_io import load_checkpoint
 from hlbgpt.runs.config import CONFIG_KEY
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
@@ -41,32 +41,24 @@ class PretrainedModel:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "PretrainedModel":
-        """Load a checkpoint that `hlbgpt fit` or `hlbgpt.fit` wrote.
-
-        Raises:
-            InputError: There is no such checkpoint, or it does not contain the config of its run.
-        """
+        """Load a checkpoint that `hlbgpt fit` or `hlbgpt.fit` wrote; InputError for any other."""
         checkpoint = load_checkpoint(path)
         if not (text := checkpoint.get(CONFIG_KEY)):
             raise InputError(
                 f"{path}: the checkpoint contains no config, so its network is unknown; load its "
                 "state_dict into a network of your own, or train with `hlbgpt fit`"
             )
-        config = yaml.safe_load(text)
-        weights = {
-            name.removeprefix("net."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("net.")
-        }
+        config, state = yaml.safe_load(text), checkpoint["state_dict"]
+        weights = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
         return cls._build(config["model"]["net"], config["data"]["tokenizer"], weights, path)
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> "PretrainedModel":
-        """Load a file that `save` wrote; raises InputError for any other file."""
+        """Load a file that `save` wrote; InputError for any other."""
         try:
+            weights = load_file(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             net_config, tokenizer = json.loads(metadata["net"]), metadata["tokenizer"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(
@@ -76,9 +68,7 @@ class PretrainedModel:
         return cls._build(net_config, tokenizer, weights, path)
 
     @classmethod
-    def _build(
-        cls, net_config: dict[str, Any], tokenizer: Any, weights: dict[str, Any], path: str | Path
-    ) -> "PretrainedModel":
+    def _build(cls, net_config: Any, tokenizer: Any, weights: Any, path: Any) -> "PretrainedModel":
         try:
             if tokenizer not in VOCAB_SIZES:
                 raise ValueError(f"unknown tokenizer {tokenizer!r}")
@@ -95,10 +85,7 @@ class PretrainedModel:
         return cls(net.eval(), tokenizer, net_config)
 
     def save(self, path: str | Path) -> None:
-        """Write weights, network settings and the tokenizer's name to a safetensors file.
-
-        The file contains no code. An existing file is replaced only once the new one is complete.
-        """
+        """Write weights, network settings and the tokenizer's name, but no code, to safetensors."""
         # Cloned, because safetensors refuses tensors that share memory.
         weights = {k: v.contiguous().clone() for k, v in self.net.state_dict().items()}
         net_config = json.dumps(self.net_config)
@@ -110,14 +97,10 @@ class PretrainedModel:
             raise InputError(f"{path}: cannot be written ({error}); choose another path") from error
 
     def generate(self, prompts: str | Sequence[str], **sampling: Any) -> Any:
-        """Continue one prompt, or several in one batch.
+        """Continue one prompt (str), or several in one batch (list of str).
 
-        Args:
-            prompts: A text, or a list of texts.
-            sampling: Fields of `hlbgpt.generation.SamplingConfig`, such as `max_new_tokens`.
-
-        Returns:
-            The prompt with its continuation: a text, or a list of texts in the order of `prompts`.
+        `sampling` are fields of `hlbgpt.generation.SamplingConfig`, such as `max_new_tokens`.
+        Returns each prompt with its continuation: a text, or a list of texts.
         """
         encoding, device = load_tokenizer(self.tokenizer), next(self.net.parameters()).device
         batch = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -40,17 +40,17 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        for name, valid, advice in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "use 0 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "use a finite number, 0 or more"),
-            ("top_k", self.top_k >= 0, "use 0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "use more than 0 and at most 1 (all tokens)"),
-            ("stop", "" not in self.stop, "leave out the empty string; it ends every text at once"),
-            ("seed", 0 <= self.seed < 2**64, "use 0 to 2^64 - 1"),
+        for name, valid, range_ in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (all tokens)"),
+            ("stop", "" not in self.stop, "strings that are not empty"),
+            ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
         ):
             if not valid:
                 value = getattr(self, name)
-                raise InputError(f"model.sampling.{name}: {value!r} is not valid; {advice}")
+                raise InputError(f"model.sampling.{name}: {value!r} is not valid; use {range_}")
 
 
 def continue_prompts(
@@ -60,18 +60,10 @@ def continue_prompts(
     encoding: tiktoken.Encoding,
     write: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Continue prompts and decode them.
+    """Continue prompts, each tokens (t,) int64 with t at least 1, and decode them.
 
-    Args:
-        net: The network.
-        prompts: Tokens (t,) int64 of each prompt, t at least 1.
-        config: The settings.
-        encoding: The tokenizer.
-        write: Called with each text, in order and followed by an empty line; when streaming,
-            with pieces of it while it is generated.
-
-    Returns:
-        Each prompt with its continuation.
+    `write` is called with each text, in order and followed by an empty line; when streaming, with
+    pieces of it while it is generated. Returns each prompt with its continuation.
     """
     stream = sys.stdout.isatty() if config.stream is None else config.stream
     if write is not None and stream and len(prompts) > 1:
@@ -80,13 +72,11 @@ def continue_prompts(
     detokenizers = [StreamingDetokenizer(encoding, config.stop, write_piece) for _ in prompts]
     for detokenizer, prompt in zip(detokenizers, prompts, strict=True):
         detokenizer.add_prompt(prompt.tolist())
-    generate(
-        net,
-        prompts,
-        config,
-        vocab_size=encoding.n_vocab,
-        on_token=lambda index, token: detokenizers[index].add_token(token),
-    )
+
+    def on_token(index: int, token: int) -> bool:
+        return detokenizers[index].add_token(token)
+
+    generate(net, prompts, config, vocab_size=encoding.n_vocab, on_token=on_token)
     for detokenizer in detokenizers:
         detokenizer.finalize()
         if write is not None:
@@ -111,12 +101,11 @@ def generate(
         prompts: Tokens (t,) int64 of each prompt, of any lengths of at least 1.
         config: The settings; `stop` and `stream` are not used here.
         vocab_size: Number of the tokenizer's tokens; logits beyond it (padding) are never drawn.
-        on_token: Called with the index of a prompt and its new token. If it returns False, the
-            prompt is not continued further.
+        on_token: Called with the index of a prompt and its new token; False ends this prompt.
         use_cache: Whether to use a KV cache if the network supports one; the tokens are the same.
 
     Returns:
-        The tokens (t + max_new_tokens,) of each prompt and its continuation.
+        The tokens (at most t + max_new_tokens,) of each prompt and its continuation.
     """
     if not prompts:
         return []
@@ -140,39 +129,33 @@ def generate(
                 token = sequences[index].sample(scores, config)
                 if on_token is None or on_token(index, token):
                     kept.append(row)
-            if not kept:
+            if kv_cache is not None and len(kept) < len(active):
+                kv_cache.select(kept)
+            active = [active[row] for row in kept]
+            if not active:
                 break
-            if len(kept) < len(active):
-                active = [active[row] for row in kept]
-                if kv_cache is not None:
-                    kv_cache.select(kept)
     return [torch.tensor(sequence.tokens, device=device) for sequence in sequences]
 
 
 class _Sequence:
     """The tokens of a prompt and its continuation, and the window of them that the network sees.
 
-    A window that outgrows the context loses its older half. The rest changes position and must be
-    read again, which dropping half at once makes rare. Tokens are drawn on the CPU, so that a seed
-    gives the same draws on every device.
+    A window that outgrows the context loses its older half, because the rest changes position and
+    must be read again. Tokens are drawn on the CPU, where a seed gives the same draws everywhere.
     """
 
     def __init__(self, prompt: list[int], context: int, seed: int) -> None:
-        self.tokens, self._context = prompt, context
-        self._start = max(0, len(prompt) - context)
+        self.tokens, self.window, self._context = prompt, prompt[-context:], context
         self._rng = torch.Generator().manual_seed(seed)
-
-    @property
-    def window(self) -> list[int]:
-        return self.tokens[self._start :]
 
     def sample(self, logits: Tensor, config: SamplingConfig) -> int:
         """Draw the next token by its logits (V,), append it and return it."""
         tokens, probabilities = top_k_top_p(logits, config)
         token = int(tokens[torch.multinomial(probabilities, 1, generator=self._rng)])
         self.tokens.append(token)
-        if len(self.tokens) - self._start > self._context:
-            self._start = len(self.tokens) - (self._context + 1) // 2
+        self.window.append(token)
+        if len(self.window) > self._context:
+            self.window = self.window[-((self._context + 1) // 2) :]
         return token
 
 
@@ -196,14 +179,9 @@ def _next_token_logits(
 
 
 def top_k_top_p(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Apply top-k, temperature and top-p to the logits (V,) of one position.
+    """Tokens (n,) that top-k, temperature and top-p leave of logits (V,), and their probabilities.
 
-    Returns:
-        The remaining tokens (n,) int64 and their probabilities (n,) float64, which are not
-        renormalized after top-p because `torch.multinomial` does that.
-
-    Raises:
-        InputError: The largest logit is not a finite number.
+    The probabilities are float64, and not renormalized after top-p, as `torch.multinomial` does so.
     """
     size = min(config.top_k or len(logits), len(logits))
     logits, tokens = logits.double().topk(size)  # sorted; doubles allow any temperature

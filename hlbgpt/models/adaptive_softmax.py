@@ -4,7 +4,8 @@ Tokens are ranked by their frequency in the training split and divided into clus
 cluster holds the most frequent tokens and one class for each rare cluster. The probability of a
 rare token is that of its cluster times that within the cluster. So all tokens have one properly
 normalised distribution, but training computes a rare cluster only for the targets in it. Unlike in
-the paper, rare clusters keep the full width.
+the paper, rare clusters keep the full width, and logits have a bias, the log-probability of their
+token in the training split.
 
 Shapes: B sequences, T tokens, N = B x T, D width, V vocabulary, C tokens in the first cluster, K
 rare clusters.
@@ -12,10 +13,12 @@ rare clusters.
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hlbgpt.models.base import require
 from hlbgpt.models.lm_head import EVAL_CHUNK_TOKENS, IGNORE_INDEX, LMHead, TokenScores, mean_loss
 from hlbgpt.models.pointer import PointerScores
 
@@ -35,39 +38,30 @@ class AdaptiveSoftmax(nn.Module):
         self,
         width: int,
         vocab_size: int,
+        cutoffs: Sequence[int] = (),
+        capacity: Sequence[float] | None = None,
         *,
-        cutoffs: tuple[int, ...] = (),
-        capacity: tuple[float, ...] | None = None,
         softcap: float = 0.0,
         chunk_tokens: int = 0,
-        unigram_bias: bool = True,
     ) -> None:
         super().__init__()
-        edges = (*cutoffs, vocab_size)
-        if any(low >= high for low, high in itertools.pairwise((0, *edges))):
-            raise ValueError(
-                f"model.net.cutoffs: {list(cutoffs)} do not increase from 1 to below vocab_size "
-                f"{vocab_size}; change them"
-            )
-        if capacity is not None and len(capacity) != len(cutoffs):
-            raise ValueError(
-                f"model.net.capacity: {len(capacity)} values for {len(cutoffs)} cutoffs; "
-                "give one for each"
-            )
-        if capacity is not None and not all(0 < fraction <= 1 for fraction in capacity):
-            raise ValueError(
-                f"model.net.capacity: {list(capacity)} are not all above 0 and at most 1"
-            )
+        self.edges = [*cutoffs, vocab_size]
+        require(
+            all(low < high for low, high in itertools.pairwise([0, *self.edges])),
+            f"cutoffs: {list(cutoffs)} do not increase from 1 to below vocab_size {vocab_size}; "
+            "change them",
+        )
+        require(
+            capacity is None or [0 < part <= 1 for part in capacity] == [True] * len(cutoffs),
+            f"capacity: {list(capacity or ())} is not a fraction above 0 and at most 1 for each of "
+            f"{len(cutoffs)} cutoffs; change it",
+        )
         self.vocab_size, self.capacity = vocab_size, capacity
-        self.softcap, self.chunk_tokens, self.unigram_bias = softcap, chunk_tokens, unigram_bias
-        self.num_common = edges[0]  # C
-        self.rare_ranks = list(itertools.pairwise(edges))  # first and last + 1
-        # C common tokens, K rare clusters, V - C rare tokens; tokens in the order of their rank.
-        num_rare = len(cutoffs)
-        self.first = slice(0, self.num_common + num_rare)
-        self.rare = [slice(low + num_rare, high + num_rare) for low, high in self.rare_ranks]
-        self.weight = nn.Parameter(torch.zeros(vocab_size + num_rare, width))
-        self.register_buffer("log_prior", torch.zeros(vocab_size + num_rare))
+        self.softcap, self.chunk_tokens = softcap, chunk_tokens
+        # Classes: C common tokens, K rare clusters, V - C rare tokens; tokens in order of rank.
+        self.sizes = [high - low for low, high in itertools.pairwise([-len(cutoffs), *self.edges])]
+        self.weight = nn.Parameter(torch.zeros(sum(self.sizes), width))
+        self.register_buffer("log_prior", torch.zeros(sum(self.sizes)))
         self.register_buffer("rank", torch.arange(vocab_size))  # of each token
         self.register_buffer("_cutoffs", torch.tensor(cutoffs, dtype=torch.int64), persistent=False)
 
@@ -79,86 +73,87 @@ class AdaptiveSoftmax(nn.Module):
         order = known.argsort(descending=True, stable=True)
         self.rank.copy_(order.argsort())
         prior = ((known[order] + 0.5) / (known + 0.5).sum()).log()  # smoothed for unseen tokens
-        clusters = [prior[low:high].logsumexp(0, keepdim=True) for low, high in self.rare_ranks]
-        parts = [prior[: self.num_common], *clusters, prior[self.num_common :]]
-        self.log_prior.copy_(torch.cat(parts).float())
+        common, *rare = prior.split([self.edges[0], *self.sizes[1:]])
+        clusters = [tokens.logsumexp(0, keepdim=True) for tokens in rare]
+        self.log_prior.copy_(torch.cat([common, *clusters, *rare]).float())
 
-    def expected_capacity(self) -> tuple[float, ...]:
+    def expected_capacity(self) -> Sequence[float]:
         """For each rare cluster the fraction of targets that a training step computes.
 
-        This is `capacity`, or without it the cluster's probability in the training split. Before
-        `init_from_token_counts`, Zipf's law estimates the latter. Synchronizes with the device.
+        Without a `capacity` this is the cluster's probability in the training split, or before
+        `init_from_token_counts` that of Zipf's law. Synchronizes with the device.
         """
         if self.capacity is not None:
             return self.capacity
         if not self.log_prior.is_meta and self.log_prior.any():
-            return tuple(self.log_prior[self.first][self.num_common :].exp().tolist())
+            return self.log_prior[self.edges[0] : self.sizes[0]].exp().tolist()
         harmonic_number = math.log(self.vocab_size) + 0.5772
-        return tuple(math.log(high / low) / harmonic_number for low, high in self.rare_ranks)
+        return [math.log(b / a) / harmonic_number for a, b in itertools.pairwise(self.edges)]
 
     def flops_per_token(self) -> float:
         """As `Network.flops_per_token`, with the expected capacity of the rare clusters."""
-        sizes = (high - low for low, high in self.rare_ranks)
-        rare = sum(f * size for f, size in zip(self.expected_capacity(), sizes, strict=True))
-        return 6.0 * self.weight.shape[1] * (self.first.stop + rare)
+        fractions = (1.0, *self.expected_capacity())
+        classes = sum(f * size for f, size in zip(fractions, self.sizes, strict=True))
+        return 6.0 * self.weight.shape[1] * classes
 
     def forward(
         self,
         x: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         pointer: PointerScores | None = None,
         *,
         per_token: bool = False,
     ) -> Tensor | TokenScores:
-        """As `hlbgpt.models.score`, of features `x` (B, T, D) and `targets` (B, T).
+        """What `Network.forward` returns, of features (B, T, D); logits are log-probabilities.
 
         With a `pointer`, of its mixture with the vocabulary's distribution.
         """
+        if targets is None:
+            return self._log_probs(x, pointer)
         if per_token:
             return self._token_scores(x, targets, pointer)
         losses = self._losses(x, targets)
         if pointer is not None:
-            losses = pointer.mix_losses(losses, targets).where(targets >= 0, 0.0)
+            losses = pointer.mix_losses(losses - pointer.vocab, targets).where(targets >= 0, 0.0)
         return mean_loss(losses, targets)
 
-    def log_probs(self, x: Tensor, pointer: PointerScores | None = None) -> Tensor:
-        """Log-probabilities (B, T, V), float32, of features `x` (B, T, D)."""
-        log_probs = self._log_probs_by_rank(x)[..., self.rank]
-        return log_probs if pointer is None else pointer.mix_log_probs(log_probs)
+    def _log_probs(self, x: Tensor, pointer: PointerScores | None) -> Tensor:
+        log_probs = self._log_probs_by_rank(x, pointer)[..., self.rank]
+        if pointer is None:
+            return log_probs
+        mixture = pointer.mix_probs(log_probs, pointer.tokens)
+        return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
 
-    def _log_probs_by_rank(self, x: Tensor) -> Tensor:
-        logits = self._head().logits(x).float()  # (B, T, V + K)
-        first = logits[..., self.first].log_softmax(-1)  # (B, T, C + K)
-        common, clusters = first.split([self.num_common, len(self.rare)], dim=-1)
-        rare = (
-            logits[..., rows].log_softmax(-1) + clusters[..., number, None]
-            for number, rows in enumerate(self.rare)
-        )
-        return torch.cat([common, *rare], dim=-1)
-
-    def _head(self, rows: slice | None = None) -> LMHead:
-        weight: Tensor = self.weight
-        bias = self.log_prior if self.unigram_bias else None
-        if rows is not None:  # autocast would cast even a full slice at each use
-            weight, bias = weight[rows], None if bias is None else bias[rows]
-        # With as many logits at a time as `chunk_tokens` tokens have over the whole vocabulary.
-        chunk = self.chunk_tokens and max(1, self.chunk_tokens * self.vocab_size // len(weight))
-        return LMHead(weight, bias, self.softcap, chunk)
+    def _log_probs_by_rank(self, x: Tensor, pointer: PointerScores | None) -> Tensor:
+        """Log-probabilities (B, T, V) in order of rank, float32; without the pointer's copies."""
+        # With the parameter itself, because autocast casts parts of it again at each use.
+        logits = LMHead(self.weight, self.log_prior, self.softcap).logits(x)  # (B, T, V + K)
+        first, *rare = (part.log_softmax(-1) for part in logits.split(self.sizes, dim=-1))
+        if pointer is not None:
+            first = first + pointer.vocab[..., None]  # so that the vocabulary has its share
+        common, *clusters = first.split([self.edges[0], *(1 for _ in rare)], dim=-1)
+        sums = (within + cluster for within, cluster in zip(rare, clusters, strict=True))
+        return torch.cat([common, *sums], dim=-1)
 
     def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Training losses (B, T) in nats, float32; 0 where the target is -1."""
         flat, ranks = x.flatten(0, 1), self._ranks(targets).flatten()
         cluster = torch.bucketize(ranks, self._cutoffs, right=True)  # 0 for common tokens
-        first = torch.where(cluster > 0, self.num_common + cluster - 1, ranks)
-        losses = self._head(self.first).losses(flat, first)
-        for number, (low, _) in enumerate(self.rare_ranks):
+        first, *rare = self._heads()
+        losses = first.losses(flat, torch.where(cluster > 0, self.edges[0] + cluster - 1, ranks))
+        for number, (head, cutoff) in enumerate(zip(rare, self.edges, strict=False)):
             index = self._select(cluster == number + 1, number)
             valid = index < len(flat)  # False for unused capacity
             index = index.clamp(max=len(flat) - 1)
-            wanted = torch.where(valid, ranks[index] - low, IGNORE_INDEX)
-            within = self._head(self.rare[number]).losses(flat.index_select(0, index), wanted)
-            losses = losses.index_add(0, index, within)
+            wanted = torch.where(valid, ranks[index] - cutoff, IGNORE_INDEX)
+            losses = losses.index_add(0, index, head.losses(flat.index_select(0, index), wanted))
         return losses.view_as(targets)
+
+    def _heads(self) -> list[LMHead]:
+        """The classifier of each cluster, with as many logits in a chunk as for the vocabulary."""
+        logits = self.chunk_tokens * self.vocab_size
+        parts = zip(self.weight.split(self.sizes), self.log_prior.split(self.sizes), strict=True)
+        return [LMHead(w, b, self.softcap, logits and max(1, logits // len(w))) for w, b in parts]
 
     def _ranks(self, targets: Tensor) -> Tensor:
         """Ranks of `targets`, in which -1 stays -1."""
@@ -181,17 +176,16 @@ class AdaptiveSoftmax(nn.Module):
         size = max(1, (self.chunk_tokens or EVAL_CHUNK_TOKENS) // len(x))
         scores = []
         for start in range(0, x.shape[1], size):
-            part, ranks = slice(start, start + size), self._ranks(targets[:, start : start + size])
+            part = slice(start, start + size)
+            part_pointer = pointer and pointer.select(part)
             # Contiguous, because the product would copy the weights otherwise.
-            log_probs = self._log_probs_by_rank(x[:, part].contiguous())
-            index = ranks.clamp(min=0)[..., None]
-            losses = -log_probs.gather(-1, index)[..., 0]
-            if pointer is not None:
-                mixture = pointer.select(part)
-                losses = mixture.mix_losses(losses, targets[:, part])
-                log_probs = mixture.mix_log_probs(log_probs, self.rank[pointer.tokens])
+            probs = self._log_probs_by_rank(x[:, part].contiguous(), part_pointer)
+            index = self._ranks(targets[:, part]).clamp(min=0)[..., None]
+            losses = -probs.gather(-1, index)[..., 0]
+            if part_pointer is not None:
+                losses = part_pointer.mix_losses(losses, targets[:, part])
+                probs = part_pointer.mix_probs(probs, self.rank[part_pointer.tokens])
             # Compared with the maximum, because argmax is slow on a CPU.
-            correct = log_probs.gather(-1, index)[..., 0] == log_probs.amax(-1)
-            scores.append((losses.where(ranks >= 0, 0.0), correct & (ranks >= 0)))
+            scores.append((losses, probs.gather(-1, index)[..., 0] == probs.amax(-1)))
         losses, correct = (torch.cat(parts, dim=1) for parts in zip(*scores, strict=True))
-        return TokenScores(losses, correct)
+        return TokenScores(losses.where(targets >= 0, 0.0), correct & (targets >= 0))

@@ -11,16 +11,13 @@ from hlbgpt.models.lm_head import TokenScores
 class Network(nn.Module):
     """Base class of all networks.
 
-    Keep repeated blocks in an attribute `blocks`: the optimizer's parameter groups find the block
-    matrices by this name (`hlbgpt.optim.parameter_groups`).
+    Keep repeated blocks in an attribute `blocks`, where `hlbgpt.optim.parameter_groups` finds them.
 
     Attributes:
         vocab_size: Number of logits, at least the number of the tokenizer's tokens.
         max_sequence_length: Longest sequence that `forward` accepts; None for no limit.
         supports_kv_cache: Whether `forward` accepts a `kv_cache`; without one, generation is slow.
-            A subclass whose `forward` does not accept it must set this back to False.
         needs_token_counts: Whether `init_from_token_counts` must be called before training.
-            Counting takes time.
     """
 
     vocab_size: int
@@ -42,8 +39,7 @@ class Network(nn.Module):
             tokens: (B, T) int64.
             targets: (B, T) int64; positions with -1 have no loss.
             per_token: Whether to return the scores of each token in place of the mean loss.
-            kv_cache: Earlier tokens, which `tokens` continue. Passed only to a network that
-                `supports_kv_cache`, and never together with `targets`.
+            kv_cache: Earlier tokens, which `tokens` continue; never together with `targets`.
 
         Returns:
             Without `targets`: logits (B, T, vocab_size), or with a `kv_cache` those of the last
@@ -53,22 +49,14 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def init_from_token_counts(self, counts: Tensor) -> None:
-        """Initialize what depends on the token frequencies of the training split.
-
-        Args:
-            counts: (number of the tokenizer's tokens,) int64, on the network's device.
-        """
+        """Initialize what depends on how often the training split has each token (at most V,)."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of the forward and backward pass for each token of a sequence.
 
-        Counts matrix products and attention: 2 for a multiplication with an addition, and the
-        backward pass as twice the forward pass. Causal attention counts as if every token attended
-        to the whole sequence, and recomputation does not count. This is the convention of PaLM
-        (arXiv 2204.02311, appendix B), nanoGPT and torchtitan, so the numbers are comparable.
-
-        The default is 6 for each weight of an `nn.Linear`. Override it in a network with attention
-        or with an LM head that is not an `nn.Linear`.
+        The default is 6 for each weight of an `nn.Linear`; add 6 for each weight of another LM
+        head, and attention, as if every token attended to the whole sequence. This is the
+        convention of PaLM (arXiv 2204.02311, appendix B), nanoGPT and torchtitan.
         """
         linear = (module for module in self.modules() if isinstance(module, nn.Linear))
         return 6.0 * sum(module.weight.numel() for module in linear)
@@ -79,8 +67,13 @@ def token_scores(net: Network, batch: Tensor) -> TokenScores:
     return net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)
 
 
+def require(valid: bool, message: str) -> None:
+    """Raise ValueError with the `message` unless a network's settings are `valid`."""
+    if not valid:
+        raise ValueError(f"model.net.{message}")
+
+
 def require_positive(**settings: int) -> None:
     """Raise ValueError for the first of a network's settings that is less than 1."""
     for name, value in settings.items():
-        if value < 1:
-            raise ValueError(f"model.net.{name}: {value} is less than 1; set it to at least 1")
+        require(value >= 1, f"{name}: {value} is less than 1; set it to at least 1")

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
-from hlbgpt.models.base import Network, require_positive
-from hlbgpt.models.kv_cache import KVCache, causal_attention
+from hlbgpt.models.base import Network, require, require_positive
+from hlbgpt.models.kv_cache import KVCache, causal_attention, with_previous
 from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
 
@@ -42,14 +42,10 @@ class FastGPT(Network):
         width: D, of the residual stream.
         num_heads: H, attention heads of D / H each.
         num_blocks: Number of blocks, each attention and an MLP of width 4 D.
-        cutoffs: Frequency ranks at which the rare clusters of the LM head begin; empty for a full
-            softmax.
+        cutoffs: Frequency ranks at which rare clusters of the LM head begin; [] for a full softmax.
         capacity: For each rare cluster the largest fraction of a batch's targets that a training
             step computes; see `AdaptiveSoftmax`.
         softcap: Limits logits to ± this with tanh; 0 for no limit.
-        unigram_bias: Whether to add the log-probability of each token in the training split to the
-            logits.
-        x0_shortcut: Whether every block adds the embedding again.
         value_embed_blocks: Number of last blocks that add an embedding of the token to the values.
         bigram_buckets: Rows of the embedding of pairs of tokens, found by a hash; 0 for none.
         token_shift: Whether attention reads each token mixed with the two before it.
@@ -72,8 +68,6 @@ class FastGPT(Network):
         cutoffs: list[int] = [],  # noqa: B006 (never changed)
         capacity: list[float] | None = None,
         softcap: float = 15.0,
-        unigram_bias: bool = True,
-        x0_shortcut: bool = True,
         value_embed_blocks: int = 0,
         bigram_buckets: int = 0,
         token_shift: bool = True,
@@ -82,53 +76,37 @@ class FastGPT(Network):
         loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
-        require_positive(
-            vocab_size=vocab_size,
-            max_sequence_length=max_sequence_length,
-            width=width,
-            num_heads=num_heads,
-            num_blocks=num_blocks,
+        require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+        require_positive(width=width, num_heads=num_heads, num_blocks=num_blocks)
+        require(
+            width % (2 * num_heads) == 0,
+            f"width: {width} is not divisible by twice num_heads {num_heads}, which rotary "
+            "positions require; change one of them",
         )
-        if width % (2 * num_heads):
-            raise ValueError(
-                f"model.net.width: {width} is not divisible by twice num_heads {num_heads}, which "
-                "rotary positions require; change one of them"
-            )
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.bigram_embedding = BigramEmbedding(bigram_buckets, width) if bigram_buckets else None
         self.rotary = Rotary(width // num_heads, max_sequence_length)
+        first = num_blocks - value_embed_blocks
         self.blocks = nn.ModuleList(
-            Block(
-                width,
-                num_heads,
-                x0_shortcut=x0_shortcut,
-                token_shift=token_shift,
-                value_embed_size=vocab_size if i >= num_blocks - value_embed_blocks else 0,
-            )
+            Block(width, num_heads, token_shift, vocab_size if i >= first else 0)
             for i in range(num_blocks)
         )
         self.pointer = Pointer(width, pointer_dim, pointer_ngrams) if pointer_dim else None
         self.lm_head = AdaptiveSoftmax(
-            width,
-            vocab_size,
-            cutoffs=tuple(cutoffs),
-            capacity=None if capacity is None else tuple(capacity),
-            softcap=softcap,
-            chunk_tokens=loss_chunk_tokens,
-            unigram_bias=unigram_bias,
+            width, vocab_size, cutoffs, capacity, softcap=softcap, chunk_tokens=loss_chunk_tokens
         )
 
     def init_from_token_counts(self, counts: Tensor) -> None:
         self.lm_head.init_from_token_counts(counts)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """See `Network`; attention takes 2 T D for the scores and again for the values."""
-        attention = 4 * sequence_length * self.embedding.embedding_dim
-        flops = super().flops_per_token(sequence_length) + self.lm_head.flops_per_token()
+        """See `Network`; a token of attention takes 4 D forward, and one of the pointer 2 d."""
+        per_token = 4 * len(self.blocks) * self.embedding.embedding_dim
         if self.pointer is not None:
-            flops += self.pointer.flops_per_token(sequence_length)
-        return flops + 3 * len(self.blocks) * attention
+            per_token += 2 * self.pointer.k_proj.out_features
+        weights = super().flops_per_token(sequence_length) + self.lm_head.flops_per_token()
+        return weights + 3 * sequence_length * per_token
 
     def forward(
         self,
@@ -138,7 +116,6 @@ class FastGPT(Network):
         per_token: bool = False,
         kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
-        """See `Network.forward`; the logits are log-probabilities."""
         if kv_cache is not None:
             kv_cache.prepare(tokens)
         x = self.embedding(tokens)
@@ -155,8 +132,6 @@ class FastGPT(Network):
         if kv_cache is not None:
             x = kv_cache.advance(x)  # (B, 1, D)
             pointer = pointer and pointer.select(slice(-1, None))
-        if targets is None:
-            return self.lm_head.log_probs(x, pointer)  # (B, T, V)
         return self.lm_head(x, targets, pointer, per_token=per_token)
 
 
@@ -168,10 +143,7 @@ class BigramEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
     def forward(self, tokens: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        if kv_cache is None:
-            previous = F.pad(tokens[:, :-1], (1, 0))
-        else:
-            previous = kv_cache.shift(self, tokens, 1)[:, :-1]
+        previous = with_previous(tokens, 1, kv_cache, self)[:, :-1]
         return super().forward((previous * 1_000_003 + tokens * 8_191) % self.num_embeddings)
 
 
@@ -199,18 +171,12 @@ class Rotary(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        *,
-        x0_shortcut: bool,
-        token_shift: bool,
-        value_embed_size: int,
+        self, width: int, num_heads: int, token_shift: bool, value_embed_size: int
     ) -> None:
         super().__init__()
         # Separate scalars, because slices of one tensor have had wrong gradients when compiled.
-        self.resid_lambda = nn.Parameter(torch.ones(())) if x0_shortcut else None
-        self.x0_lambda = nn.Parameter(torch.zeros(())) if x0_shortcut else None
+        self.resid_lambda = nn.Parameter(torch.ones(()))
+        self.x0_lambda = nn.Parameter(torch.zeros(()))
         self.token_shift = TokenShift(width) if token_shift else None
         self.attention = Attention(width, num_heads)
         self.value_embed = nn.Embedding(value_embed_size, width) if value_embed_size else None
@@ -218,15 +184,9 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        tokens: Tensor,
-        rotary: Rotary,
-        kv_cache: KVCache | None = None,
+        self, x: Tensor, x0: Tensor, tokens: Tensor, rotary: Rotary, kv_cache: KVCache | None
     ) -> Tensor:
-        if self.resid_lambda is not None and self.x0_lambda is not None:
-            x = self.resid_lambda.to(x.dtype) * x + self.x0_lambda.to(x.dtype) * x0
+        x = self.resid_lambda.to(x.dtype) * x + self.x0_lambda.to(x.dtype) * x0
         y = norm(x)  # (B, T, D)
         if self.token_shift is not None:
             y = self.token_shift(y, kv_cache)
@@ -250,11 +210,8 @@ class TokenShift(nn.Module):
         self.two_back = nn.Parameter(torch.full((width,), 0.25))
 
     def forward(self, x: Tensor, kv_cache: KVCache | None = None) -> Tensor:  # (B, T, D)
-        if kv_cache is None:
-            one, two = (F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] for back in (1, 2))
-        else:
-            states = kv_cache.shift(self, x, 2)  # (B, 2 + T, D)
-            one, two = states[:, 1:-1], states[:, :-2]
+        states = with_previous(x, 2, kv_cache, self)  # (B, 2 + T, D)
+        one, two = states[:, 1:-1], states[:, :-2]
         return x + self.one_back.to(x.dtype) * one + self.two_back.to(x.dtype) * two
 
 

@@ -1,10 +1,7 @@
 """GPT: the network of hlb-gpt 0.1.0 (github.com/tysam-code/hlb-gpt, main.py).
 
-What is unusual about it, compared with GPT-2:
-- no biases, neither in linear layers nor in LayerNorms
-- exact GELU
-- a vocabulary of 50304, a multiple of 64, in place of 50257
-As in GPT-2, positions are learned and the LM head's matrix is the embedding.
+Unlike GPT-2, it has no biases, an exact GELU, and a vocabulary of 50304, a multiple of 64. As in
+GPT-2, positions are learned and the LM head's matrix is the embedding.
 
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
@@ -15,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import Network, require_positive
+from hlbgpt.models.base import Network, require, require_positive
 from hlbgpt.models.kv_cache import KVCache, causal_attention
 from hlbgpt.models.lm_head import LMHead, TokenScores
 
@@ -48,45 +45,28 @@ class GPT(Network):
         loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
-        require_positive(
-            vocab_size=vocab_size,
-            max_sequence_length=max_sequence_length,
-            width=width,
-            num_heads=num_heads,
-            num_blocks=num_blocks,
-        )
-        if init_std <= 0:
-            raise ValueError(f"model.net.init_std: {init_std} is not above 0; try 0.02")
-        if width % num_heads:
-            raise ValueError(
-                f"model.net.width: {width} is not divisible by num_heads {num_heads}; "
-                "change one of them"
-            )
+        require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+        require_positive(width=width, num_heads=num_heads, num_blocks=num_blocks)
+        require(init_std > 0, f"init_std: {init_std} is not above 0; try 0.02")
+        divisible = width % num_heads == 0
+        require(divisible, f"width: {width} is not divisible by num_heads {num_heads}; change one")
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
         self.loss_chunk_tokens = loss_chunk_tokens
         self.embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_sequence_length, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(width, bias=False)
-        self._init_weights(init_std)
-
-    def _init_weights(self, std: float) -> None:
-        """Draw from N(0, std), and what writes to the residual stream as in GPT-2."""
-        residual_std = std / math.sqrt(2 * len(self.blocks))
+        residual_std = init_std / math.sqrt(2 * num_blocks)  # as in GPT-2
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=residual_std)
-            elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=std)
+            if parameter.ndim == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if residual else init_std)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """See `Network`; attention takes 2 T D for the scores and again for the values."""
-        lm_head, attention = (
-            self.embedding.weight.numel(),
-            4 * sequence_length * self.embedding.embedding_dim,
-        )
-        linear = super().flops_per_token(sequence_length)
-        return linear + 6 * lm_head + 3 * len(self.blocks) * attention
+        attention = 4 * sequence_length * self.embedding.embedding_dim * len(self.blocks)
+        weights = super().flops_per_token(sequence_length) + 6 * self.embedding.weight.numel()
+        return weights + 3 * attention
 
     def forward(
         self,
@@ -96,7 +76,6 @@ class GPT(Network):
         per_token: bool = False,
         kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
-        """See `Network.forward`."""
         if kv_cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
@@ -109,9 +88,7 @@ class GPT(Network):
             x = kv_cache.advance(x)  # (B, 1, D)
         x = self.norm(x)
         lm_head = LMHead(self.embedding.weight, chunk_tokens=self.loss_chunk_tokens)
-        if targets is None:
-            return lm_head.logits(x)  # (B, T, V)
-        return lm_head.score(x, targets, per_token=per_token)
+        return lm_head.output(x, targets, per_token=per_token)
 
 
 class Block(nn.Module):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import Network, require_positive
-from hlbgpt.models.kv_cache import KVCache
+from hlbgpt.models.base import Network, require, require_positive
+from hlbgpt.models.kv_cache import KVCache, token_distance
 from hlbgpt.models.lm_head import LMHead, TokenScores
 
 
@@ -42,14 +42,9 @@ class HLB041(Network):
         loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
-        require_positive(
-            vocab_size=vocab_size,
-            max_sequence_length=max_sequence_length,
-            width=width,
-            num_blocks=num_blocks,
-        )
-        if width % 8:
-            raise ValueError(f"model.net.width: {width} is not divisible by 8; round it")
+        require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+        require_positive(width=width, num_blocks=num_blocks)
+        require(width % 8 == 0, f"width: {width} is not divisible by 8; round it")
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
         self.loss_chunk_tokens = loss_chunk_tokens
         self.embedding = nn.Embedding(vocab_size, width, scale_grad_by_freq=True)
@@ -61,9 +56,8 @@ class HLB041(Network):
 
     def flops_per_token(self, sequence_length: int) -> float:
         """See `Network`; attention takes 2 T D / 8 for the scores and 2 T D for the values."""
-        width = self.embedding.embedding_dim
-        attention = 2 * sequence_length * (width // 8 + width)
-        return super().flops_per_token(sequence_length) + 3 * len(self.blocks) * attention
+        attention = 9 * sequence_length * self.embedding.embedding_dim // 4 * len(self.blocks)
+        return super().flops_per_token(sequence_length) + 3 * attention
 
     def forward(
         self,
@@ -73,13 +67,9 @@ class HLB041(Network):
         per_token: bool = False,
         kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
-        """See `Network.forward`."""
-        if kv_cache is None:
-            position = torch.arange(tokens.shape[1], device=tokens.device)
-            distance = position - position[:, None]  # (T, T)
-        else:
+        if kv_cache is not None:
             kv_cache.prepare(tokens)
-            distance = kv_cache.distance  # (B, T, L)
+        distance = token_distance(tokens, kv_cache)
         x = self.embedding(tokens)  # (B, T, D)
         for block in self.blocks:
             x = block(x, distance, kv_cache)
@@ -87,9 +77,7 @@ class HLB041(Network):
             x = kv_cache.advance(x)  # (B, 1, D)
         x = self.norm(x)
         lm_head = LMHead(self.lm_head.weight, chunk_tokens=self.loss_chunk_tokens)
-        if targets is None:
-            return lm_head.logits(x)  # (B, T, V)
-        return lm_head.score(x, targets, per_token=per_token)
+        return lm_head.output(x, targets, per_token=per_token)
 
 
 class LatentBlock(nn.Module):

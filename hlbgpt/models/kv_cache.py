@@ -1,4 +1,4 @@
-"""KV cache for incremental decoding.
+"""KV cache for incremental decoding, and what layers need of it.
 
 Shapes: B sequences, T new tokens of each, L tokens of the longest sequence including new ones.
 """
@@ -16,17 +16,11 @@ class KVCache:
     A forward pass calls `prepare` first, then `append` or `shift` in every layer that uses earlier
     tokens, each with a unique key, and `advance` last.
 
-    Args:
-        batch_size: B.
-        max_length: Maximum number of tokens of a sequence.
-
     Attributes:
-        lengths: Number of cached tokens of each sequence.
-        max_length: As above.
-        positions: (B, T) int64, positions of the new tokens. This and the following attributes are
-            set by `prepare`.
-        distance: (B, T, L) int64, position of each token minus that of each new token; above 0 for
-            later tokens.
+        lengths: Number of cached tokens of each sequence; `max_length` is their maximum.
+        positions: (B, T) int64, positions of the new tokens; this and the following are set by
+            `prepare`.
+        distance: (B, T, L) int64, position of each token minus that of each new token.
         mask: (B, 1, T, L) bool, True where a new token may attend; None if it may everywhere.
     """
 
@@ -35,17 +29,11 @@ class KVCache:
     mask: Tensor | None
 
     def __init__(self, batch_size: int, max_length: int) -> None:
-        self.max_length = max_length
-        self.lengths = [0] * batch_size
+        self.lengths, self.max_length = [0] * batch_size, max_length
         self._states: dict[Hashable, Tensor] = {}  # (B, max_length, ...)
-        self._tails: dict[Hashable, Tensor] = {}  # (B, count, ...), the last tokens for `shift`
 
     def prepare(self, tokens: Tensor) -> None:
-        """Set the positions and the mask for new tokens (B, T).
-
-        Raises:
-            ValueError: There are too many tokens, or sequences, for the cache.
-        """
+        """Set the positions and the mask for new tokens (B, T)."""
         new, end = tokens.shape[1], max(self.lengths) + tokens.shape[1]
         if len(tokens) != len(self.lengths) or end > self.max_length:
             raise ValueError(
@@ -64,15 +52,17 @@ class KVCache:
 
         Entries beyond the end of a shorter sequence are meaningless; `mask` excludes them.
         """
-        states = self._get(self._states, key, new, self.max_length)
+        states = self._get(key, new)
         states[self._rows, self.positions] = new
         return states[:, : self.distance.shape[-1]]
 
     def shift(self, key: Hashable, new: Tensor, count: int) -> Tensor:
         """Prepend the last `count` states, zeros at first, to new ones: (B, count + T, ...)."""
-        states = torch.cat([self._get(self._tails, key, new, count), new], dim=1)
-        self._tails[key] = states[:, new.shape[1] :]
-        return states
+        states, back = self.append(key, new), torch.arange(-count, 0, device=new.device)
+        index = self.positions[:, :1] + back  # (B, count)
+        previous = states[self._rows, index.clamp(min=0)]
+        previous[index < 0] = 0
+        return torch.cat([previous, new], dim=1)
 
     def advance(self, x: Tensor) -> Tensor:
         """Count the new tokens as cached and return the features (B, 1, D) of the last one."""
@@ -83,32 +73,26 @@ class KVCache:
         """Replace sequence `row` by the only sequence of `other`."""
         self.lengths[row] = length = other.lengths[0]
         for key, states in other._states.items():
-            ours = self._get(self._states, key, states, self.max_length)
-            ours[row, :length] = states[0, :length]
-        for tail in self._tails.values():
-            tail[row] = 0  # for an empty `other`, which has no tails
-        for key, tail in other._tails.items():
-            self._get(self._tails, key, tail, tail.shape[1])[row] = tail[0]
+            self._get(key, states)[row, :length] = states[0, :length]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the sequences `rows`, in this order."""
         self.lengths = [self.lengths[row] for row in rows]
-        for table in (self._states, self._tails):
-            for key, value in table.items():
-                table[key] = value[list(rows)]
+        self._states = {key: states[list(rows)] for key, states in self._states.items()}
 
-    def _get(self, table: dict[Hashable, Tensor], key: Hashable, new: Tensor, size: int) -> Tensor:
-        if key not in table:
-            table[key] = new.new_zeros(len(self.lengths), size, *new.shape[2:])
-        return table[key]
+    def _get(self, key: Hashable, new: Tensor) -> Tensor:
+        if key not in self._states:
+            size = (len(self.lengths), self.max_length, *new.shape[2:])
+            self._states[key] = new.new_zeros(size)
+        return self._states[key]
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, kv_cache: KVCache | None = None, key: Hashable = None
 ) -> Tensor:
-    """Causal attention (B, H, T, d) of H heads.
+    """Causal attention (B, H, T, d) of H heads, with a `kv_cache` also to cached tokens.
 
-    With a `kv_cache`, tokens also attend to the cached ones, and `key` identifies the layer.
+    `key` identifies the layer.
     """
     if kv_cache is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -117,3 +101,20 @@ def causal_attention(
         for name, part in (("k", k), ("v", v))
     )
     return F.scaled_dot_product_attention(q, k, v, attn_mask=kv_cache.mask)
+
+
+def with_previous(
+    x: Tensor, count: int, kv_cache: KVCache | None = None, key: Hashable = None
+) -> Tensor:
+    """States `x` (B, T, ...) after the `count` before them, zeros at first: (B, count + T, ...)."""
+    if kv_cache is None:
+        return torch.cat([x.new_zeros(len(x), count, *x.shape[2:]), x], dim=1)
+    return kv_cache.shift(key, x, count)
+
+
+def token_distance(tokens: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    """Position of each token minus that of each new one (B, T): (T, T), or cached (B, T, L)."""
+    if kv_cache is not None:
+        return kv_cache.distance
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    return position - position[:, None]

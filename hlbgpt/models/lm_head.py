@@ -14,24 +14,16 @@ EVAL_CHUNK_TOKENS = 2048  # evaluation computes logits in chunks even where trai
 
 
 class TokenScores(NamedTuple):
-    """Result of evaluating each token; both (B, T).
+    """Result of evaluating each token; both (B, T), and 0 or False where the target is -1."""
 
-    Attributes:
-        loss: Cross-entropy in nats, float32; 0 where the target is -1.
-        correct: Whether the target has the highest logit; False where the target is -1.
-    """
-
-    loss: Tensor
-    correct: Tensor
+    loss: Tensor  # cross-entropy in nats, float32
+    correct: Tensor  # whether the target has the highest logit
 
 
 def score(logits: Tensor, targets: Tensor, *, per_token: bool = False) -> Tensor | TokenScores:
-    """Mean cross-entropy in nats, float32, or `TokenScores` of each token.
+    """Mean cross-entropy in nats, float32, or `TokenScores`, of logits (..., V).
 
-    Args:
-        logits: (..., V).
-        targets: (...) int64; positions with -1 have no loss.
-        per_token: Whether to return `TokenScores`.
+    Positions of `targets` (...) with -1 have no loss.
     """
     flat, labels = logits.flatten(0, -2).float(), targets.flatten()
     losses = F.cross_entropy(flat, labels, ignore_index=IGNORE_INDEX, reduction="none")
@@ -64,9 +56,13 @@ class LMHead(NamedTuple):
     def logits(self, x: Tensor) -> Tensor:
         """Logits (..., V) of features (..., D), in float32 with a softcap or a bias."""
         logits = F.linear(x, self.weight)
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
-        return logits if self.bias is None else logits.float() + self.bias
+        if not self.softcap:
+            return logits if self.bias is None else logits.float() + self.bias
+        # In place, because new memory for so many numbers is slow on a CPU.
+        capped = logits.float().div_(self.softcap).tanh_()
+        if self.bias is None:
+            return self.softcap * capped
+        return torch.add(self.bias, capped, alpha=self.softcap)  # one pass over the logits
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy (N,) in nats, float32, of features (N, D); 0 where the target is -1."""
@@ -77,8 +73,12 @@ class LMHead(NamedTuple):
         logits = self.logits(x).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
-    def score(self, x: Tensor, targets: Tensor, *, per_token: bool = False) -> Tensor | TokenScores:
-        """As `score`, of features (B, T, D) and targets (B, T)."""
+    def output(
+        self, x: Tensor, targets: Tensor | None, *, per_token: bool = False
+    ) -> Tensor | TokenScores:
+        """What `Network.forward` returns, of features (B, T, D)."""
+        if targets is None:
+            return self.logits(x)
         flat, labels = x.flatten(0, 1), targets.flatten()
         if not per_token:
             return mean_loss(self.losses(flat, labels), labels)

@@ -17,80 +17,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import require_positive
-from hlbgpt.models.kv_cache import KVCache
+from hlbgpt.models.base import require
+from hlbgpt.models.kv_cache import KVCache, token_distance, with_previous
 
 _MASKED = -1e4  # score of probability 0; an infinity would turn gradients into NaN
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class PointerScores(NamedTuple):
-    """Unnormalised log-probabilities of the mixture; float32 but for the tokens.
+    """Normalised log-probabilities, float32, of the mixture's parts.
 
     Attributes:
-        scores: (B, T, L), of copying each token.
-        vocab_score: (B, T), of using the vocabulary's distribution.
+        copy: (B, T, L), of copying each token.
+        vocab: (B, T), of using the vocabulary's distribution.
         tokens: (B, L) int64, the tokens to copy.
     """
 
-    scores: Tensor
-    vocab_score: Tensor
+    copy: Tensor
+    vocab: Tensor
     tokens: Tensor
 
     def select(self, positions: slice) -> "PointerScores":
         """The scores at some of the T positions."""
-        return PointerScores(self.scores[:, positions], self.vocab_score[:, positions], self.tokens)
-
-    def mix_log_probs(self, log_probs: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Log-probabilities (B, T, V) of the mixture, from those of the vocabulary.
-
-        `tokens` (B, L) are the indices into V of the tokens to copy, if not the tokens themselves.
-        """
-        log_share, log_total = self._log_share_and_total()
-        copied = (self.scores - log_total).exp()
-        index = (self.tokens if tokens is None else tokens)[:, None].expand_as(copied)
-        mixture = (log_probs + log_share).exp().scatter_add(-1, index, copied)
-        return mixture.clamp(min=_TINY).log()
+        return PointerScores(self.copy[:, positions], self.vocab[:, positions], self.tokens)
 
     def mix_losses(self, losses: Tensor, targets: Tensor) -> Tensor:
-        """Losses (B, T) of the mixture, from those of the vocabulary; exact for tiny probabilities.
+        """Add the copies of targets (B, T) to losses (B, T) that include the vocabulary's share.
 
-        Losses where the target (B, T) is -1 are meaningless.
+        Exact for tiny probabilities; meaningless where the target is -1.
         """
-        log_share, log_total = self._log_share_and_total()
         hit = self.tokens[:, None] == targets[..., None]
-        copied = self.scores.where(hit, _MASKED).logsumexp(-1, keepdim=True) - log_total
-        return -torch.logaddexp(log_share - losses[..., None], copied)[..., 0]
+        copied = self.copy.where(hit, _MASKED).logsumexp(-1)
+        return -torch.logaddexp(-losses, copied)
 
-    def _log_share_and_total(self) -> tuple[Tensor, Tensor]:
-        """Logarithms of the vocabulary's share and of the normalisation, both (B, T, 1)."""
-        vocab_score = self.vocab_score[..., None]
-        log_total = torch.logaddexp(vocab_score, self.scores.logsumexp(-1, keepdim=True))
-        return vocab_score - log_total, log_total
+    def mix_probs(self, log_probs: Tensor, index: Tensor) -> Tensor:
+        """Add all copies to log-probabilities (B, T, V) that include the vocabulary's share.
+
+        `index` (B, L) is the place in V of each of the tokens to copy. Returns probabilities.
+        """
+        return log_probs.exp().scatter_add(-1, index[:, None].expand_as(self.copy), self.copy.exp())
 
 
 class Pointer(nn.Module):
     """Scores every earlier token as a candidate for the next one.
 
     A score is the product of a query, from the features of the predicting token, and a key, from
-    the features of the candidate. It decreases with distance, and gets a bonus if the tokens before
-    the candidate equal the latest tokens. The bonus depends on the features, because a match of
-    "the" means little.
+    the features of the candidate. It decreases with distance, and gets a bonus for each of the
+    tokens before the candidate that equals the latest ones. The bonus depends on the features,
+    because a match of "the" means little.
 
     Args:
         width: D.
         dim: d.
         ngrams: Maximum number of matching tokens, each with a bonus of its own.
-
-    Raises:
-        ValueError: `dim` is below 1 or `ngrams` is negative.
     """
 
     def __init__(self, width: int, dim: int, ngrams: int = 2) -> None:
         super().__init__()
-        require_positive(pointer_dim=dim)
-        if ngrams < 0:
-            raise ValueError(f"model.net.pointer_ngrams: {ngrams} is negative; set it to 0 or more")
+        require(dim >= 0, f"pointer_dim: {dim} is negative; set it to 0 or more")
+        require(ngrams >= 0, f"pointer_ngrams: {ngrams} is negative; set it to 0 or more")
         # Also gives the vocabulary's score and the bonuses.
         self.q_proj = nn.Linear(width, dim + 1 + ngrams, bias=False)
         self.k_proj = nn.Linear(width, dim, bias=False)
@@ -101,41 +85,22 @@ class Pointer(nn.Module):
         nn.init.zeros_(self.q_proj.weight)
         nn.init.normal_(self.k_proj.weight, std=width**-0.5)
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of the scores, without those of `nn.Linear`; see `Network.flops_per_token`."""
-        return 6.0 * sequence_length * self.k_proj.out_features
-
     def forward(self, x: Tensor, tokens: Tensor, kv_cache: KVCache | None = None) -> PointerScores:
         """Scores of all tokens, from features `x` (B, T, D) of `tokens` (B, T)."""
         k, ngrams = self.k_proj(x), len(self.bonus)  # (B, T, d)
-        q, vocab_score, bonus = self.q_proj(x).float().split([k.shape[-1], 1, ngrams], dim=-1)
-        q = (q + self.q_bias).to(k.dtype)
-        if kv_cache is None:
-            position = torch.arange(tokens.shape[1], device=x.device)
-            distance = position - position[:, None]  # (T, T)
-            recent, candidates = F.pad(tokens, (ngrams, 0), value=-1), tokens
-        else:
-            distance = kv_cache.distance  # (B, T, L)
-            recent = kv_cache.shift(self, tokens, ngrams)
-            k = kv_cache.append((self, "k"), k)
-            candidates = kv_cache.append((self, "tokens"), tokens)
+        q, vocab, bonus = self.q_proj(x).float().split([k.shape[-1], 1, ngrams], dim=-1)
+        q, vocab = (q + self.q_bias).to(k.dtype), vocab + self.vocab_score
+        distance = token_distance(tokens, kv_cache)
+        recent = with_previous(tokens, ngrams, kv_cache, (self, "recent"))  # (B, ngrams + T)
+        if kv_cache is not None:
+            k, tokens = kv_cache.append((self, "k"), k), kv_cache.append((self, "tokens"), tokens)
         scores = (q @ k.mT).float() / k.shape[-1] ** 0.5 + self.log_decay.exp() * distance
-        scores = scores + self._ngram_bonus(bonus, candidates, recent)
-        scores = scores.where(distance <= 0, _MASKED)  # (B, T, L)
-        return PointerScores(scores, vocab_score[..., 0] + self.vocab_score, candidates)
-
-    def _ngram_bonus(self, bonus: Tensor, candidates: Tensor, recent: Tensor) -> Tensor | float:
-        """The bonus (B, T, L) for candidates (B, L) whose preceding tokens equal the recent ones.
-
-        `bonus` (B, T, ngrams) is added to the learned bonuses; `recent` (B, ngrams + T) holds the
-        new tokens and the `ngrams` before them.
-        """
-        total, matches = 0.0, None
+        matches = distance <= 0  # that the last tokens before a candidate equal the latest ones
         for back, learned in enumerate(self.bonus):
-            preceding = F.pad(candidates, (back + 1, 0), value=-1)[:, : candidates.shape[1]]
-            end = recent.shape[1] - back
-            latest = recent[:, end - bonus.shape[1] : end]  # (B, T)
-            match = preceding[:, None] == latest[..., None]  # (B, T, L)
-            matches = match if matches is None else matches & match
-            total = total + (learned + bonus[..., back, None]) * matches
-        return total
+            preceding = F.pad(tokens, (back + 1, 0), value=-1)[:, : tokens.shape[1]]  # (B, L)
+            latest = recent[:, ngrams - back :][:, : x.shape[1]]  # (B, T)
+            matches = matches & (preceding[:, None] == latest[..., None])  # (B, T, L)
+            scores = scores + (learned + bonus[..., back, None]) * matches
+        scores = scores.where(distance <= 0, _MASKED)
+        total = torch.logaddexp(vocab, scores.logsumexp(-1, keepdim=True))
+        return PointerScores(scores - total, (vocab - total)[..., 0], tokens)

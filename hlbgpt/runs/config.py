@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 
 from hlbgpt.runs.folder import CONFIG, folder_of, newest_checkpoint
+from hlbgpt.utils.errors import InputError
 
 CONFIG_KEY = "hlbgpt_config"  # of the config within a checkpoint
 # Arguments that say where a run starts from, not how it trains.
 _NO_SETTINGS = ("config", "ckpt_path", "weights_only")
 # Settings that a resumed run takes from its checkpoint.
 _KEPT = ("model.optimizer.", "model.lr_scheduler.")
+_CLASSES = ("model.optimizer.class_path", "model.lr_scheduler.class_path", "model.lr_scheduler")
 _HPARAMS = ("seed_everything", "model", "data", "schedule", "time_to_target")
 # Settings of these sections that do not change what is learned.
 _NO_HPARAMS = ("data.cache_dir", "data.eval_batch_size", "data.prompts", "model.sampling")
@@ -60,14 +62,25 @@ def with_saved_config(arguments: list[str]) -> list[str]:
 
 
 def changed_settings(stored: str, now: str) -> list[str]:
-    """Compare two configs in YAML; a line for each setting that differs."""
+    """Compare the YAML configs of a checkpoint and of the run that resumes it.
+
+    Returns:
+        A line for each setting that differs.
+
+    Raises:
+        InputError: the optimizer or the learning-rate schedule is of another class.
+    """
     before, after = (flat_settings(yaml.safe_load(text) or {}) for text in (stored, now))
     lines = []
     for key in {**before, **after}:
         theirs, ours = before.get(key, "not set"), after.get(key, "not set")
-        if theirs != ours and key.split(".")[0] not in _NO_SETTINGS:
-            kept = "; a resumed run keeps the checkpoint's" if key.startswith(_KEPT) else ""
-            lines.append(f"{key}: {theirs} in the checkpoint, {ours} now{kept}")
+        if theirs == ours or key.split(".")[0] in _NO_SETTINGS:
+            continue
+        line = f"{key}: {theirs} in the checkpoint, {ours} now"
+        if key in _CLASSES:
+            raise InputError(f"{line}; leave it as it was, or start a new run without ckpt_path")
+        kept = "; a resumed run keeps the checkpoint's" if key.startswith(_KEPT) else ""
+        lines.append(line + kept)
     return lines
 
 

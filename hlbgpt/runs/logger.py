@@ -46,9 +46,11 @@ class RunLogger(TensorBoardLogger):
         values = {name: float(value) for name, value in metrics.items()}
         losses = {name: values[name] for name in _LOSSES if name in values}
         if losses and TOKENS in values:
-            if self._by_tokens is None:
-                self._by_tokens = self._writer_by_tokens()
             tokens, seconds = int(values[TOKENS]), values.get(SECONDS)
+            if self._by_tokens is None:
+                # Hides what a run that is resumed had logged from here on.
+                path = str(Path(self.log_dir) / BY_TOKENS)
+                self._by_tokens = SummaryWriter(path, purge_step=tokens)
             for name, loss in losses.items():
                 self._by_tokens.add_scalar(
                     f"loss_{BY_TOKENS}/{name}", loss, tokens, walltime=seconds
@@ -56,14 +58,6 @@ class RunLogger(TensorBoardLogger):
         if "val_loss" in values:  # the training step has logged its progress already
             values = {name: v for name, v in values.items() if name not in (TOKENS, SECONDS)}
         super().log_metrics({tag(name): value for name, value in values.items()}, step)
-
-    @rank_zero_only
-    def purge_tokens_from(self, tokens: int) -> None:
-        """Hide the points of losses by tokens from `tokens` on, as `purge_step` does by step."""
-        self._by_tokens = self._writer_by_tokens(tokens)
-
-    def _writer_by_tokens(self, purge_from: int | None = None) -> SummaryWriter:
-        return SummaryWriter(str(Path(self.log_dir) / BY_TOKENS), purge_step=purge_from)
 
     @rank_zero_only
     def save(self) -> None:

@@ -60,6 +60,16 @@ def require_schedule_length(total_steps: int | None, trainer: L.Trainer) -> None
         )
 
 
+def datamodule_of(trainer: L.Trainer) -> TokenDataModule:
+    """The datamodule of a run; raises InputError if it is of another class."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, TokenDataModule):
+        raise InputError(
+            f"datamodule: {type(data).__name__} given; LanguageModule needs a TokenDataModule"
+        )
+    return data
+
+
 def require_vocabulary(net: Network, data: TokenDataModule) -> None:
     """Raise InputError if the network has fewer logits than the tokenizer has tokens."""
     if net.vocab_size < data.vocab_size:

@@ -1,11 +1,10 @@
-"""torch.compile: in place, the same result every time, and before the clock runs."""
+"""torch.compile: in place, with the same result every time, and before the clock starts."""
 
 from collections.abc import Iterable
 
 import torch
 
-from hlbgpt.models import Network
-from hlbgpt.models.base import token_scores
+from hlbgpt.models import Network, token_scores
 from hlbgpt.training.memory import forward_and_backward
 from hlbgpt.utils.clock import Stopwatch, synchronize
 
@@ -13,7 +12,7 @@ from hlbgpt.utils.clock import Stopwatch, synchronize
 def compile_in_place(net: Network, device: torch.device) -> None:
     """Let `net` run compiled on `device`; names in checkpoints stay as they are. Idempotent."""
     if device.type == "cpu":
-        # Inductor adds up an embedding's gradients in whatever order its threads come; in this
+        # Inductor adds up an embedding's gradients in the order in which threads finish; in this
         # mode a run is the same every time.
         torch.use_deterministic_algorithms(True)
         # Would cost time, and nothing here reads memory that it has not written.
@@ -32,7 +31,7 @@ def warm_up(
     """Compile for each shape (B, T) of a batch, on dummy tokens; returns the seconds it took.
 
     No optimizer step is made, gradients are dropped and the random state is restored, so training
-    starts as it would have without.
+    starts as if nothing had run.
     """
     watch = Stopwatch()
     watch.start()
@@ -43,8 +42,7 @@ def warm_up(
         net.eval()
         with torch.no_grad():
             rows, length = eval_shape
-            batch = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
-            token_scores(net, batch)
+            token_scores(net, torch.zeros(rows, length + 1, dtype=torch.int64, device=device))
         net.train()
     synchronize(device)
     watch.stop()

@@ -1,13 +1,31 @@
-"""Evaluation: mean loss and accuracy over every predicted token of a split."""
+"""Evaluation: when a validation follows a step, and what it measures on a whole split."""
 
 import math
+import sys
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from hlbgpt.data.token_file import Header
 from hlbgpt.models import Network, token_scores
+
+_NEVER = sys.maxsize  # divides no number of batches
+
+
+def schedule_validation(trainer: L.Trainer, due: bool) -> bool:
+    """Let a validation follow the current batch, or not; returns whether one follows."""
+    due = due and trainer.enable_validation
+    # Not documented, but public: Lightning validates after batches that are multiples of it.
+    trainer.val_check_batch = 1 if due else _NEVER
+    return due
+
+
+def is_multiple_of_interval(trainer: L.Trainer, step: int) -> bool:
+    """Whether `trainer.val_check_interval` asks for a validation after `step`, counted from 1."""
+    interval = trainer.val_check_interval
+    return isinstance(interval, int) and step % interval == 0
 
 
 class Evaluation(nn.Module):

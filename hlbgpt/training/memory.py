@@ -1,4 +1,4 @@
-"""How large a micro-batch a card holds, found out before training and not by running out."""
+"""The largest micro-batch that fits into a GPU's memory, measured before training."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from hlbgpt.models import Network
 from hlbgpt.utils.errors import InputError
 
-_USED = 0.85  # of the memory that is free; the rest is for fragments and what libraries take
-_CPU_TOKENS = 8192  # more at once brings a CPU nothing
+_USABLE = 0.85  # part of the free memory; the rest is for fragmentation and libraries
+_CPU_TOKENS = 8192  # on a CPU larger micro-batches are no faster
 
 
 def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.device) -> int:
     """Tokens of the largest micro-batch that fits on `device` beside what training keeps there.
 
-    Two small micro-batches are run forward and backward, without torch.compile, which takes no
-    more memory; what they take is carried on in a straight line.
+    Runs micro-batches of one and two windows forward and backward, without torch.compile, which
+    needs no more memory, and extrapolates linearly.
 
     Args:
         net: On `device`, without gradients.
-        sequence_length: Of the longest windows.
+        sequence_length: Length of the longest windows.
         most: Tokens that are never exceeded.
-        device: A GPU; on any other device `most`, up to 8192.
+        device: A GPU; on any other device the result is `most`, up to 8192.
 
     Raises:
         InputError: not even one window fits.
@@ -30,27 +30,27 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     if device.type != "cuda":
         return min(most, max(_CPU_TOKENS, sequence_length))
     free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    # Gradients, and two numbers a parameter of the optimizer.
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # Gradients, and two numbers per parameter in the optimizer.
     kept = 3 * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
 
     def peak(windows: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        # Past torch.compile, which would compile for these shapes.
+        # `forward` bypasses torch.compile, which would compile for these shapes.
         forward_and_backward(net.forward, net, (windows, sequence_length), device)
         return torch.cuda.max_memory_allocated(device) - before
 
-    windows = windows_that_fit(peak, (free + unused) * _USED - kept, most // sequence_length)
+    windows = windows_that_fit(peak, (free + cached) * _USABLE - kept, most // sequence_length)
     torch.cuda.empty_cache()
     return windows * sequence_length
 
 
 def windows_that_fit(peak: Callable[[int], int], room: float, most: int) -> int:
-    """The most windows, up to `most`, whose memory stays within `room` bytes.
+    """The largest number of windows, up to `most`, whose memory stays within `room` bytes.
 
     Args:
-        peak: Bytes that a micro-batch of so many windows takes; asked for one, and two.
+        peak: Bytes that a micro-batch of one or two windows takes.
         room: Bytes.
         most: At least 1.
 
@@ -72,9 +72,9 @@ def windows_that_fit(peak: Callable[[int], int], room: float, most: int) -> int:
 def forward_and_backward(
     run: Callable[..., Tensor], net: Network, shape: tuple[int, int], device: torch.device
 ) -> None:
-    """Let `run`, the network or its `forward`, learn from dummy tokens, and forget all of it."""
+    """Run `run`, the network or its `forward`, on dummy tokens (B, T), and drop the gradients."""
     rows, length = shape
-    # Cut as training cuts its batches, whose strides torch.compile takes notice of.
+    # Sliced as in training, because torch.compile specializes on strides.
     batch = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         run(batch[:, :-1], batch[:, 1:]).backward()

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hlbgpt.data import TokenDataModule, TrainLoader
 from hlbgpt.generation import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
-from hlbgpt.runs import SECONDS, TOKENS, AtomicCheckpointIO, RunLogger, require_matching_weights
-from hlbgpt.training import checks, compilation, evaluation, metrics, resume, step, throughput
-from hlbgpt.training.optimizer import build_optimizer
+from hlbgpt.optim.build import build_optimizer
+from hlbgpt.runs import SECONDS, TOKENS, AtomicCheckpointIO, require_matching_weights
+from hlbgpt.training import checks, compilation, evaluation, resume, step, step_metrics
+from hlbgpt.training.throughput import Throughput
 from hlbgpt.utils.clock import Stopwatch
-from hlbgpt.utils.errors import InputError
 
 
 class LanguageModule(step.MicroBatchedModule):
@@ -53,16 +53,15 @@ class LanguageModule(step.MicroBatchedModule):
     ) -> None:
         super().__init__()
         self.net, self.optimizer, self.lr_scheduler = net, optimizer, lr_scheduler
-        self.compile_net, self.sampling = compile, sampling
-        self.clock, self.checkpoint_clock, self.compile_seconds = Stopwatch(), Stopwatch(), 0.0
+        self.compile_net, self.compile_seconds, self.sampling = compile, 0.0, sampling
+        self.clock, self.checkpoint_clock = Stopwatch(), Stopwatch()
         self.train_shapes: list[tuple[int, int]] = []
         self.evaluation = evaluation.Evaluation()
-        self.throughput = throughput.Throughput()
-        self.step_metrics = metrics.StepMetrics(log_norms)
+        self.throughput = Throughput()
+        self.step_metrics = step_metrics.StepMetrics(log_norms)
         self.last_logged: dict[str, float] = {}
         self._step_values: dict[str, Any] = {}  # to be logged once the step is made
         self._resume_state: dict[str, Any] | None = None  # until training continues
-        self._classes: dict[str, str] = {}  # of the optimizer and its schedule
         self._fitting = False
 
     # --- set-up -------------------------------------------------------------------------------
@@ -70,12 +69,7 @@ class LanguageModule(step.MicroBatchedModule):
     @property
     def data(self) -> TokenDataModule:
         """The run's datamodule."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, TokenDataModule):
-            raise InputError(
-                f"datamodule: {type(data).__name__} given; LanguageModule needs a TokenDataModule"
-            )
-        return data
+        return checks.datamodule_of(self.trainer)
 
     @property
     def train_loader(self) -> TrainLoader:
@@ -108,27 +102,23 @@ class LanguageModule(step.MicroBatchedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build_optimizer(self.net, self.optimizer, self.lr_scheduler)
-        self._classes = resume.class_names(optimizer, scheduler)
         if scheduler is None:
             return optimizer
         checks.require_schedule_length(getattr(scheduler, "total_steps", None), self.trainer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        by_step: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": by_step}
 
     def on_fit_start(self) -> None:
         self.throughput.set_peak(self.device, self.trainer.world_size)
         self.print(checks.summary(self.trainer, self.net, self.data))
-        if self.compile_net:
-            with self.trainer.precision_plugin.forward_context():
-                self.compile_seconds += compilation.warm_up(
-                    self.net,
-                    train_shapes=self.train_shapes
-                    or [(self.data.micro_batch_size, self.data.sequence_length)],
-                    eval_shape=(self.data.eval_batch_size, self.data.eval_sequence_length),
-                    device=self.device,
-                )
+        if not self.compile_net:
+            return
+        train = self.train_shapes or [(self.data.micro_batch_size, self.data.sequence_length)]
+        evaluation = self.data.eval_batch_size, self.data.eval_sequence_length
+        with self.trainer.precision_plugin.forward_context():
+            self.compile_seconds += compilation.warm_up(
+                self.net, train_shapes=train, eval_shape=evaluation, device=self.device
+            )
 
     def on_train_start(self) -> None:
         if self._resume_state is not None:
@@ -162,7 +152,7 @@ class LanguageModule(step.MicroBatchedModule):
         micro_batches, windows, length = self.step_shape
         self._step_values = {
             "train_loss": self.step_loss,
-            "grad_norm": metrics.grad_norm(list(self.net.parameters())),
+            "grad_norm": step_metrics.grad_norm(list(self.net.parameters())),
             "step_tokens": micro_batches * windows * length * self.trainer.world_size,
             "micro_batches_per_step": micro_batches,
             "sequence_length": length,
@@ -188,7 +178,7 @@ class LanguageModule(step.MicroBatchedModule):
         Straight to the loggers: the steps that `self.log` gives are not exact after a resume.
         """
         where = {TOKENS: self.tokens_seen, SECONDS: self.clock.seconds}
-        floats = metrics.to_floats({**values, **where})
+        floats = step_metrics.to_floats({**values, **where})
         for logger in self.loggers:
             logger.log_metrics(floats, step)
         return floats
@@ -201,7 +191,6 @@ class LanguageModule(step.MicroBatchedModule):
         checkpoint[resume.KEY] = {
             **self.throughput.state_dict(),
             "validated": self.validation_due,
-            "classes": self._classes,
             "random": resume.random_states(self.device),
         }
 
@@ -210,21 +199,16 @@ class LanguageModule(step.MicroBatchedModule):
         if not self._fitting:
             return
         resume.require_training_state(checkpoint)
-        built = build_optimizer(self.net, self.optimizer, self.lr_scheduler)
-        resume.require_same_classes(checkpoint, *built)
         for schedule in checkpoint["lr_schedulers"]:
             checks.require_schedule_length(schedule.get("total_steps"), self.trainer)
         self._resume_state = checkpoint[resume.KEY]
         self.throughput.load_state_dict(self._resume_state)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        """Restore the rest of what was saved, now that nothing draws random numbers any more."""
+        """Restore the rest, now that nothing of the set-up draws random numbers any more."""
         self._resume_state = None
         # Lightning asks before the first step, and skips a validation that was made already.
-        self.schedule_validation(state["validated"])
-        for logger in self.loggers:
-            if isinstance(logger, RunLogger):
-                logger.purge_tokens_from(self.tokens_seen + 1)
+        self.validation_due = evaluation.schedule_validation(self.trainer, state["validated"])
         if self.is_last_step(self.trainer.global_step):
             self.trainer.should_stop = True
         resume.restore_random_state(state["random"], self.global_rank, self.device)
@@ -234,17 +218,16 @@ class LanguageModule(step.MicroBatchedModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.evaluation.update(self.net, batch)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.evaluation.update(self.net, batch)
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("validation", "val")
-        self.throughput.restart()
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", "test")
 
     def _log_evaluation(self, split: str, prefix: str) -> None:
+        self.throughput.restart()
         found = self.evaluation.compute(self.data.files[split].header)
         values = {f"{prefix}_{name}": value for name, value in found.items()}
         # For callbacks, and the table of `hlbgpt validate`.

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
-from torch.optim import Optimizer
 
 from hlbgpt.utils.errors import InputError
 
@@ -54,47 +52,12 @@ def _generator(device: torch.device) -> Any:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def class_names(optimizer: Optimizer, scheduler: LRSchedulerTypeUnion | None) -> dict[str, str]:
-    """Names of the classes, which must be those of the checkpoint."""
-    found = {"model.optimizer": optimizer, "model.lr_scheduler": scheduler}
-    return {
-        key: "none" if thing is None else f"{type(thing).__module__}.{type(thing).__qualname__}"
-        for key, thing in found.items()
-    }
-
-
 def require_training_state(checkpoint: dict[str, Any]) -> None:
     """Raise InputError where `checkpoint` holds weights only."""
     if KEY not in checkpoint or "optimizer_states" not in checkpoint:
         raise InputError(
             "ckpt_path: the checkpoint holds weights only, without the state to go on training "
             "from; use one saved during `fit` (last.ckpt)"
-        )
-
-
-def require_same_classes(
-    checkpoint: dict[str, Any], optimizer: Optimizer, scheduler: LRSchedulerTypeUnion | None
-) -> None:
-    """Raise InputError where `checkpoint` has another optimizer or schedule.
-
-    Both continue from the checkpoint, with the settings that they have there.
-    """
-    now = class_names(optimizer, scheduler)
-    for key, stored in checkpoint[KEY]["classes"].items():
-        if stored != now[key]:
-            raise InputError(
-                f"{key}: {stored} in the checkpoint, {now[key]} now; a resumed run continues with "
-                "its own: leave it as it was, or start a new run without ckpt_path"
-            )
-    stored_groups = checkpoint["optimizer_states"][0]["param_groups"]
-    theirs, ours = (
-        [len(group["params"]) for group in groups]
-        for groups in (stored_groups, optimizer.param_groups)
-    )
-    if theirs != ours:
-        raise InputError(
-            f"ckpt_path: its optimizer has parameter groups of {theirs} tensors, this run's has "
-            f"{ours}; use the network and code of its run"
         )
 
 

@@ -4,7 +4,6 @@ Shapes: M micro-batches, B windows of a micro-batch on each device, T predicted 
 """
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hlbgpt.training.checks import require_no_accumulation
-
-_NEVER = sys.maxsize  # divides no number of batches
+from hlbgpt.training.evaluation import is_multiple_of_interval, schedule_validation
 
 
 class MicroBatchedModule(L.LightningModule):
@@ -62,9 +60,8 @@ class MicroBatchedModule(L.LightningModule):
         if len(batch) > 1:
             require_no_accumulation(self.trainer, f"{len(batch)} micro-batches in a batch")
         self.ends_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        self.schedule_validation(
-            self.ends_step and self._validates_after(self.trainer.global_step + 1)
-        )
+        due = self.ends_step and self._validates_after(self.trainer.global_step + 1)
+        self.validation_due = schedule_validation(self.trainer, due)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean loss of the current micro-batch, divided by the number of micro-batches."""
@@ -108,21 +105,12 @@ class MicroBatchedModule(L.LightningModule):
         if self._micro_batch == 0:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
-    # --- validation ---------------------------------------------------------------------------
-
     def _validates_after(self, step: int) -> bool:
         if self.is_last_step(step):
             return True
         if self.validates_after is not None:
             return self.validates_after(step)
-        interval = self.trainer.val_check_interval
-        return isinstance(interval, int) and step % interval == 0
-
-    def schedule_validation(self, due: bool) -> None:
-        """Let a validation follow the current batch, or not."""
-        self.validation_due = due and self.trainer.enable_validation
-        # Not documented, but public: Lightning validates after multiples of it.
-        self.trainer.val_check_batch = 1 if self.validation_due else _NEVER
+        return is_multiple_of_interval(self.trainer, step)
 
     # --- what callbacks ask for ---------------------------------------------------------------
 

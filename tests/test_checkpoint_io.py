@@ -17,8 +17,8 @@ from test_bad_input import error_of
 from test_interrupt import LONGER, signalled, stop_code
 from test_resume import assert_same
 
-from hlbgpt.runs import checkpoint
-from hlbgpt.runs.checkpoint import AtomicCheckpointIO, load_checkpoint, require_matching_weights
+from hlbgpt.runs import checkpoint_io
+from hlbgpt.runs.checkpoint_io import AtomicCheckpointIO, load_checkpoint, require_matching_weights
 from hlbgpt.utils.errors import InputError
 
 
@@ -51,18 +51,18 @@ def test_a_failed_write_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     path, plugin = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
-    save = checkpoint._save
+    save = checkpoint_io._save
 
     def failing(contents: dict[str, Any], file: IO[bytes]) -> None:
         save(contents, file)
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(checkpoint, "_save", failing)
+    monkeypatch.setattr(checkpoint_io, "_save", failing)
     with pytest.raises(InputError, match=f"{re.escape(os.strerror(code))}; free some space"):
         plugin.save_checkpoint({"state_dict": {}}, path)
-    monkeypatch.setattr(checkpoint, "_save", save)
+    monkeypatch.setattr(checkpoint_io, "_save", save)
     plugin.save_checkpoint({"state_dict": {}, "global_step": 2}, path)
-    monkeypatch.setattr(checkpoint, "_save", failing)
+    monkeypatch.setattr(checkpoint_io, "_save", failing)
     with pytest.raises(InputError, match="; the previous checkpoint is kept; "):
         plugin.save_checkpoint({"state_dict": {}, "global_step": 4}, path)
     assert plugin.load_checkpoint(path)["global_step"] == 2
@@ -75,7 +75,7 @@ def test_torchs_own_error_for_a_full_disk_is_understood(tmp_path: Path) -> None:
             raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(OSError, match="full"):
-        checkpoint._save({"a": torch.zeros(9)}, Full())
+        checkpoint_io._save({"a": torch.zeros(9)}, Full())
 
 
 def test_runs_that_cannot_be_written_to(hlbgpt, tiny: list[str], capfd) -> None:

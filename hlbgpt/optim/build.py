@@ -2,15 +2,15 @@
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
+from torch import nn
 from torch.optim import Optimizer
 
-from hlbgpt.models import Network
-from hlbgpt.optim import parameter_groups
+from hlbgpt.optim.parameter_groups import parameter_groups
 from hlbgpt.utils.errors import InputError
 
 
 def build_optimizer(
-    net: Network, make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None
+    net: nn.Module, make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None
 ) -> tuple[Optimizer, LRSchedulerTypeUnion | None]:
     """The optimizer of `net` and its learning-rate schedule, if there is one.
 

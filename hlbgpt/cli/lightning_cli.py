@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from hlbgpt.callbacks import Console, LastCheckpoint, StopOnDivergence, TimeToTarget, TokenSchedule
-from hlbgpt.cli.checks import check_trainer_settings
+from hlbgpt.cli.config_checks import check_trainer_settings
 from hlbgpt.cli.parser import Parser
 from hlbgpt.cli.save_config import SaveConfig
 from hlbgpt.data import TokenDataModule
@@ -223,9 +223,9 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Print which settings differ from those of the checkpoint."""
+        self._require_matching_weights()
         if not self.checkpoint:
             return
-        require_matching_weights(self.model, self.checkpoint, str(self.checkpoint_path))
         # A run killed after its last step has still to write its record.
         if not (self.checkpoint_path and is_unfinished(self.checkpoint_path)):
             require_steps_left(self.checkpoint, self.trainer.max_steps)
@@ -235,6 +235,12 @@ class CLI(LightningCLI):
             for line in changed_settings(stored, now):
                 print(f"resume: {line}")
         self.checkpoint = {}  # frees memory; the trainer reads the file again
+
+    def _require_matching_weights(self) -> None:
+        if self.checkpoint:
+            require_matching_weights(self.model, self.checkpoint, str(self.checkpoint_path))
+
+    before_validate = before_test = before_predict = _require_matching_weights
 
     def after_fit(self) -> None:
         folder = run_folder(self.trainer)

@@ -8,7 +8,7 @@ from hlbgpt.training.checks import require_no_accumulation
 from hlbgpt.training.module import LanguageModule
 
 
-class NextStep(L.Callback):
+class StepShape(L.Callback):
     """Sets number and shape of the next step's micro-batches, at the start and after each step.
 
     A subclass overrides `next_step`. What it returns may depend on its own state and on

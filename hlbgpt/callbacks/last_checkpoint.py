@@ -2,28 +2,19 @@
 
 import math
 import signal
-import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.nn.utils import get_total_norm
 
+from hlbgpt.callbacks.signals import Interrupted, Signals
 from hlbgpt.runs.folder import last_checkpoint, run_folder
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
 from hlbgpt.utils.errors import DivergedError, InputError
-
-
-class Interrupted(SystemExit):
-    """A signal stopped the run after its state was saved; the exit code is 128 + its number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
 
 
 class LastCheckpoint(Checkpoint):
@@ -54,14 +45,13 @@ class LastCheckpoint(Checkpoint):
             )
         self.every_minutes = every_minutes
         self._saved_step, self._saved_at = -1, 0.0
-        self._signal: int | None = None
-        self._earlier: dict[int, Any] = {}  # handlers that ours replaced
+        self._signals = Signals()
 
     # --- saving -------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
-        self._take_signals()
+        self._signals.catch()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LanguageModule)
@@ -83,10 +73,10 @@ class LastCheckpoint(Checkpoint):
         due = time.monotonic() - self._saved_at >= 60 * self.every_minutes
         # The ranks decide together: their clocks differ, and only one may have got the signal.
         decide = trainer.strategy.reduce_boolean_decision
-        if not decide(due or self._signal is not None, all=False):
+        if not decide(due or self._signals.received is not None, all=False):
             return
         self._save(trainer, module)
-        if decide(self._signal is not None, all=False):
+        if decide(self._signals.received is not None, all=False):
             self._stop(trainer, module)
 
     def _save(self, trainer: L.Trainer, module: LanguageModule) -> None:
@@ -118,37 +108,19 @@ class LastCheckpoint(Checkpoint):
     # --- signals ------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._take_signals()
+        self._signals.catch()
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
     ) -> None:
-        if trainer.sanity_checking and self._signal is not None:  # nothing to be saved yet
+        if (
+            trainer.sanity_checking and self._signals.received is not None
+        ):  # nothing to be saved yet
             self._stop(trainer, pl_module)
 
-    def _take_signals(self) -> None:
-        """Replace Lightning's handlers, which act in the middle of a step, until training ends."""
-        if self._earlier or threading.current_thread() is not threading.main_thread():
-            return
-        taken = [signal.SIGTERM, signal.SIGINT]
-        if SLURMEnvironment.detect():
-            taken.append(signal.SIGUSR1)
-        self._signal = None
-        self._earlier = {
-            signum: signal.signal(signum, self._on_signal)
-            for signum in taken
-            if signal.getsignal(signum) != signal.SIG_IGN  # as `nohup` asks for
-        }
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._signal == signum:
-            raise Interrupted(signum)
-        self._signal = self._signal or signum
-
     def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signum = self._signal or signal.SIGTERM
-        name = signal.Signals(signum).name
-        folder = run_folder(trainer)
+        signum = self._signals.received or signal.SIGTERM  # another rank may have got it
+        name, folder = signal.Signals(signum).name, run_folder(trainer)
         if trainer.sanity_checking or folder is None:
             pl_module.print(f"stopped by {name} before the first step")
         else:
@@ -156,16 +128,13 @@ class LastCheckpoint(Checkpoint):
                 f"stopped by {name} after step {trainer.global_step}; resume with: "
                 f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}"
             )
-            if signum == signal.SIGUSR1 and callable(self._earlier[signum]):
-                self._earlier[signum](signum, None)  # Lightning's: puts the job back in the queue
-                for path in folder.glob("hpc_ckpt_*.ckpt"):  # would be preferred to last.ckpt
-                    path.unlink()
+            self._signals.requeue(folder)
         raise Interrupted(signum)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._earlier = {}  # Lightning puts the earlier handlers back
+        self._signals.release()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._earlier = {}
+        self._signals.release()

@@ -6,15 +6,15 @@ from typing import Any
 import lightning as L
 import torch
 
-from hlbgpt.callbacks.next_step import NextStep
+from hlbgpt.callbacks.step_shape import StepShape
 from hlbgpt.optim.schedules import hlb041_micro_batches
-from hlbgpt.training.metrics import grad_norm
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.step_metrics import grad_norm
 from hlbgpt.utils.errors import require_positive
 from hlbgpt.utils.seed import run_seed
 
 
-class SequenceLengthDoubling(NextStep):
+class SequenceLengthDoubling(StepShape):
     """Doubles the sequence length every so many steps, up to `data.sequence_length`.
 
     A micro-batch keeps its number of tokens, `data.micro_batch_size` x `data.sequence_length`,
@@ -52,7 +52,7 @@ class SequenceLengthDoubling(NextStep):
         return {"batch_size": windows, "sequence_length": length}
 
 
-class HLB041BatchSize(NextStep):
+class HLB041BatchSize(StepShape):
     """Adds micro-batches to a step while the gradient norm is above where it is expected.
 
     The rule is `hlbgpt.optim.schedules.hlb041_micro_batches`. The next step takes as many

@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from hlbgpt.callbacks.next_step import NextStep
-from hlbgpt.training.metrics import grad_norm
+from hlbgpt.callbacks.step_shape import StepShape
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.step_metrics import grad_norm
 from hlbgpt.utils.seed import run_seed
 
 
-class HLB010BatchSize(NextStep):
+class HLB010BatchSize(StepShape):
     """Adds micro-batches to a step as the gradient norm stops falling (hlb-gpt 0.1.0).
 
     With g the gradient norm of a step, m its moving average and k the step's micro-batches, the

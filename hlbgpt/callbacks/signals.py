@@ -1,0 +1,62 @@
+"""Signals that stop a run after its current step instead of in the middle of it."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+
+class Interrupted(SystemExit):
+    """A signal stopped the run after its state was saved; the exit code is 128 + its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+
+
+class Signals:
+    """Notes SIGTERM, SIGINT and, on SLURM, the signal that announces the end of the job.
+
+    Replaces Lightning's handlers, which act in the middle of a step; Lightning itself puts the
+    earlier ones back when training ends. A second signal of the same kind stops the run at once.
+
+    Attributes:
+        received: The first signal that came; None if none came.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._earlier: dict[int, Any] = {}  # handlers that ours replaced
+
+    def catch(self) -> None:
+        """Begin to note signals; in the main thread only, because others get none."""
+        if self._earlier or threading.current_thread() is not threading.main_thread():
+            return
+        caught = [signal.SIGTERM, signal.SIGINT]
+        if SLURMEnvironment.detect():
+            caught.append(signal.SIGUSR1)
+        self.received = None
+        self._earlier = {
+            signum: signal.signal(signum, self._on_signal)
+            for signum in caught
+            if signal.getsignal(signum) != signal.SIG_IGN  # as `nohup` asks for
+        }
+
+    def release(self) -> None:
+        """Training is over; Lightning has put the earlier handlers back."""
+        self._earlier = {}
+
+    def requeue(self, folder: Path) -> None:
+        """Let Lightning's handler put the SLURM job back in the queue, if that was asked for."""
+        if self.received == signal.SIGUSR1 and callable(self._earlier[signal.SIGUSR1]):
+            self._earlier[signal.SIGUSR1](signal.SIGUSR1, None)
+            # It also saves a checkpoint, which Lightning would prefer to last.ckpt from then on.
+            for path in folder.glob("hpc_ckpt_*.ckpt"):
+                path.unlink()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signum:
+            raise Interrupted(signum)
+        self.received = self.received or signum
