@@ -40,7 +40,7 @@ def hlb041(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
         lambda optimizer: PowerLaw(optimizer, warmup_steps=4),
         [
             SequenceLengthDoubling(initial=8, every_n_steps=4),
-            HLB041BatchSize(rate=30.0, every_n_steps=2),
+            HLB041BatchSize(rate=6.0, every_n_steps=2),
             LossScaledWeightDecay(strength=16.0, base=7.0),
         ],
     )
