@@ -70,6 +70,7 @@ def run(
     lr: float = 0.02,
     recipe: str = "baseline",
     micro_batches: int = 1,
+    max_tokens: int | None = None,
     **arguments: Any,
 ) -> tuple[L.Trainer, LanguageModule]:
     """Train a small network over three short epochs; 16 micro-batches an epoch."""
@@ -84,6 +85,7 @@ def run(
         sequence_length=32,
         micro_batch_size=8,
         micro_batches=micro_batches,
+        max_tokens=max_tokens,
         eval_sequence_length=32,
         eval_batch_size=64,
     )
@@ -246,11 +248,14 @@ def test_resume_is_exact_for_any_stops(
     assert_same(lines, continued)
 
 
-def test_a_finished_run_is_taken_further_exactly(folder: Path, tmp_path: Path, whole: Any) -> None:
+@pytest.mark.parametrize("end", [{"max_steps": 7}, {"max_tokens": 7 * 8 * 32}], ids=str)
+def test_a_finished_run_is_taken_further_exactly(
+    folder: Path, tmp_path: Path, whole: Any, end: dict[str, Any]
+) -> None:
     """Its last checkpoint was saved at the end of training."""
-    kind = {"growth": 0.0, "recipe": "baseline"}
-    state, _ = whole(**kind)
-    half, place = LastCheckpoint(), tmp_path / "run"
-    run(folder, place, half, max_steps=7, **kind)
-    resumed = run(folder, place / "on", resume=last_checkpoint(place), **kind)
+    state, _ = whole(growth=0.0)
+    place = tmp_path / "run"
+    half, _ = run(folder, place, LastCheckpoint(), growth=0.0, **end)
+    assert half.global_step == 7
+    resumed = run(folder, place / "on", resume=last_checkpoint(place), growth=0.0)
     assert_same(state, state_of(*resumed))

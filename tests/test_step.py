@@ -105,7 +105,10 @@ def test_a_step_equals_the_plain_loop(
         tmp_path, max_steps=len(numbers), precision=precision, callbacks=[steps], **settings
     )
     run.fit(module, data)
-    assert [len(batch) for batch in steps.batches] == numbers
+    assert [batch.shape for batch in steps.batches] == [(n, 4, 33) for n in numbers]
+    assert all(batch.dtype == torch.int64 for batch in steps.batches)
+    text = (folder / "wiki.train.raw").read_bytes()
+    assert all(bytes(row.tolist()) in text for row in steps.batches[0].flatten(0, 1))
     assert run.global_step == len(numbers)
     assert module.tokens_seen == sum(numbers) * 4 * 32
     bf16 = precision == "bf16-mixed"
