@@ -19,6 +19,7 @@ from hlbgpt.callbacks import (
     LossScaledWeightDecay,
     TimeToTarget,
 )
+from hlbgpt.callbacks.step_shape import EstimatedBatchSize
 from hlbgpt.data import TrainLoader
 from hlbgpt.runs import load_checkpoint
 from hlbgpt.utils.clock import Stopwatch, process_seconds
@@ -284,20 +285,28 @@ def test_process_seconds_counts_from_the_birth_of_the_process() -> None:
 # --- HLB010BatchSize ------------------------------------------------------------------------------
 
 
-@given(
-    norms=st.lists(st.floats(0.01, 10), min_size=1, max_size=60),
-    coins=st.lists(st.floats(0, 1, exclude_max=True), min_size=60, max_size=60),
-)
-def test_the_batch_of_0_1_0_follows_its_formula(norms: list[float], coins: list[float]) -> None:
+@given(norms=st.lists(st.floats(0.01, 10), min_size=1, max_size=60))
+def test_the_batch_of_0_1_0_follows_its_formula(norms: list[float]) -> None:
     growth = HLB010BatchSize()
-    average, n, k = 1.2, 1.0, 1
-    for g, coin in zip(norms, coins, strict=False):
-        growth.update(g, coin=coin)
+    average, n = 1.2, 1.0
+    for step, g in enumerate(norms):
+        k = growth.micro_batches
+        growth.update(g)
+        growth.draw(step)
         average = 0.95 * average + 0.05 * g
         n = max(1.0, n + k * 5e-2 * (3e-2 - (average - g)))
-        k = int(n) + (1 if coin < n % 1 else 0)
-        assert growth.micro_batches == k >= 1
         assert growth.estimate == pytest.approx(n)
+        assert growth.micro_batches in (math.floor(n), math.ceil(n))
+
+
+def test_an_estimate_is_the_mean_of_what_is_drawn() -> None:
+    batch = EstimatedBatchSize(estimate=2.25)
+    drawn = []
+    for step in range(2000):
+        batch.draw(step)
+        drawn.append(batch.micro_batches)
+    assert set(drawn) == {2, 3}
+    assert sum(drawn) / len(drawn) == pytest.approx(2.25, abs=0.05)
 
 
 @pytest.mark.parametrize("unit", [1, 3])

@@ -1,17 +1,13 @@
 """Sequence length and batch of hlb-gpt 0.4.1, which both change while it trains."""
 
-import random
-from typing import Any
-
 import lightning as L
 import torch
 
-from hlbgpt.callbacks.step_shape import StepShape
+from hlbgpt.callbacks.step_shape import EstimatedBatchSize, StepShape
 from hlbgpt.optim.schedules import hlb041_micro_batches
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.training.step_metrics import grad_norm
 from hlbgpt.utils.errors import require_positive
-from hlbgpt.utils.seed import run_seed
 
 
 class SequenceLengthDoubling(StepShape):
@@ -52,14 +48,11 @@ class SequenceLengthDoubling(StepShape):
         return {"batch_size": windows, "sequence_length": length}
 
 
-class HLB041BatchSize(StepShape):
+class HLB041BatchSize(EstimatedBatchSize):
     """Adds micro-batches to a step while the gradient norm is above where it is expected.
 
-    The rule is `hlbgpt.optim.schedules.hlb041_micro_batches`. The next step takes as many
-    micro-batches as the whole part of its result, one more with the fraction as the probability,
-    and at least one. With `data.micro_batches` above 1, that many micro-batches count as one.
-
-    Looking at the norm makes the host wait for the device, every `every_n_steps` steps.
+    The rule is `hlbgpt.optim.schedules.hlb041_micro_batches`. Looking at the norm makes the host
+    wait for the device, every `every_n_steps` steps.
 
     Args:
         rate: How fast the number of micro-batches follows, per step.
@@ -68,18 +61,13 @@ class HLB041BatchSize(StepShape):
 
     def __init__(self, rate: float = 0.1, every_n_steps: int = 5) -> None:
         require_positive("HLB041BatchSize ", every_n_steps=every_n_steps)
+        super().__init__(estimate=0.0)
         self.rate, self.every_n_steps = rate, every_n_steps
-        self.estimate = 0.0
-        self.micro_batches = 1
-
-    def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
-        return {"micro_batches": self.micro_batches * module.data.micro_batches}
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        assert isinstance(pl_module, LanguageModule)
-        step, parameters = trainer.global_step, list(pl_module.net.parameters())
+        step, parameters = trainer.global_step, list(pl_module.parameters())
         if step % self.every_n_steps == 0:
             self.estimate = hlb041_micro_batches(
                 self.estimate,
@@ -88,14 +76,4 @@ class HLB041BatchSize(StepShape):
                 step=step,
                 rate=self.rate * self.every_n_steps,
             )
-        # From seed and step: the same on every rank, and after a restart.
-        coin = random.Random(f"{run_seed()} {step}").random()
-        whole = int(self.estimate)
-        self.micro_batches = max(1, whole + (coin < self.estimate - whole))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"estimate": self.estimate, "micro_batches": self.micro_batches}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.estimate = state_dict["estimate"]
-        self.micro_batches = state_dict["micro_batches"]
+        self.draw(step)

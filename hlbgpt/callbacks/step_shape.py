@@ -1,11 +1,14 @@
-"""Base of the callbacks that change the batch while a run goes on."""
+"""Bases of the callbacks that change the batch while a run goes on."""
 
+import math
+import random
 from typing import Any
 
 import lightning as L
 
 from hlbgpt.training.checks import require_no_accumulation
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.seed import run_seed
 
 
 class StepShape(L.Callback):
@@ -30,3 +33,35 @@ class StepShape(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LanguageModule)
         pl_module.train_loader.set_step(**self.next_step(trainer, pl_module))
+
+
+class EstimatedBatchSize(StepShape):
+    """Takes as many micro-batches as an estimate says, and its fraction as a probability.
+
+    A subclass updates the estimate once the gradients of a step are ready, and calls `draw`. With
+    `data.micro_batches` above 1, that many micro-batches count as one: four of 16 windows train
+    like one of 64.
+
+    Attributes:
+        estimate: Best number of micro-batches of a step, by the rule of the subclass.
+        micro_batches: Number of micro-batches of the next step.
+    """
+
+    def __init__(self, estimate: float) -> None:
+        self.estimate, self.micro_batches = estimate, 1
+
+    def draw(self, step: int) -> None:
+        """Round the estimate up or down by chance, to at least 1."""
+        # From seed and step: the same on every rank, and after a restart.
+        coin = random.Random(f"{run_seed()} {step}").random()
+        whole = math.floor(self.estimate)
+        self.micro_batches = max(1, whole + (coin < self.estimate - whole))
+
+    def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
+        return {"micro_batches": self.micro_batches * module.data.micro_batches}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"estimate": self.estimate, "micro_batches": self.micro_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
