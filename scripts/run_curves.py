@@ -64,7 +64,7 @@ def find_runs(arguments: Sequence[str]) -> list[RunCurves]:
         folders = [config.parent for config in configs if any(config.parent.glob(EVENTS))]
         if not folders:
             raise InputError(
-                f"{argument}: no run is there; name a folder with {CONFIG} and {EVENTS} in it, "
+                f"{argument}: contains no run; name a folder with {CONFIG} and {EVENTS} in it, "
                 "such as runs/quickstart/version_0, or one above it"
             )
         names = dict.fromkeys(folders, name) | names

@@ -62,6 +62,11 @@ FIT = [
         ["--trainer.max_steps=100000"],
         "trainer.max_steps: 100000, but the learning-rate schedule ends",
     ),
+    (["--trainer.min_steps=9"], "trainer.min_steps, min_epochs or min_time: they would keep"),
+    (
+        ["--trainer.gradient_clip_val=1.0", "--trainer.precision=bf16-mixed"],
+        "clips no gradients of a fused optimizer in bf16-mixed; set",
+    ),
     (["--trainer.max_epochs=0"], "trainer.max_epochs: 0 is less than 1"),
     (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps: 0 is less than 1"),
     (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 is less than 1"),
@@ -125,7 +130,10 @@ FIT = [
         ["--data.source=hlbgpt.data.HubText", "--data.source.rows=words"],
         'key "data.source": ',
     ),
-    (["--trainer.default_root_dir=a_file/x"], "trainer.default_root_dir: cannot make 'a_file/x'"),
+    (
+        ["--trainer.default_root_dir=a_file/x"],
+        "a_file/x': Not a directory; name a folder that can be written to",
+    ),
     (["--schedule.table=[{tokens: 0}]"], "schedule.table: 1 rows; give at least"),
     (["--schedule.table=[{tokens: 0, width: 3}]"], "schedule.table"),
     (["--schedule.micro_batch_tokens=0"], "schedule.micro_batch_tokens: 0 is less than 1"),
@@ -152,6 +160,18 @@ FIT = [
         ["--model.optimizer=hlbgpt.optim.MuonAdamW", "--model.optimizer.groups={heads: {}}"],
         "model.optimizer: groups: no group 'heads'",
     ),
+    (
+        [
+            "--model.optimizer=hlbgpt.optim.MuonAdamW",
+            "--model.optimizer.groups={vectors: {a: 1}}",
+        ],
+        "model.optimizer: groups.vectors: no setting 'a'",
+    ),
+    (
+        ["--model.optimizer=hlbgpt.optim.MuonAdamW", "--model.optimizer.betas=[0.9]"],
+        "betas",
+    ),
+    ([f"{NET}.loss_chunk_tokens=-1"], "model.net.loss_chunk_tokens: -1 is negative"),
     (["--ckpt_path=nowhere.ckpt"], "ckpt_path: no file 'nowhere.ckpt'"),
     (["--ckpt_path=best"], "ckpt_path: no file 'best'"),
     (["--ckpt_path=a_folder"], "ckpt_path: no file 'a_folder'"),
@@ -183,13 +203,13 @@ def test_no_config_and_no_command(hlbgpt, capfd) -> None:
     ("content", "message"),
     [
         (b"", "the train split is empty"),
-        (b"too short", "train split too short: 9 tokens"),
+        (b"too short", "is longer than the validation split, which has 9 tokens"),
         (b"\xff\xfe\x00", "wiki.train.raw: not UTF-8 text at byte 0"),
         ("café ".encode() * 400_000 + b"caf\xe9", "not UTF-8 text at byte 2400003"),
         (b"the end of a character \xc3", "not UTF-8 text at byte 23"),
         ("UTF-16 without a mark ".encode("utf-16-le"), "not text: byte 1 is NUL; if the file is"),
         ("é".encode() * 9 + bytes(90), "not text: byte 18 is NUL"),
-        (b"x" * 50_000_000, "16777216 characters without a space or line end; is this a text"),
+        (b"x" * 50_000_000, "16777216 characters without the end of a word; is this a text"),
     ],
     ids=["empty", "short", "binary", "latin-1 far in", "cut", "utf-16", "NUL", "50 MB word"],
 )

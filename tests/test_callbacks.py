@@ -12,6 +12,7 @@ import torch
 from helpers import fit, make, read_record
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hlbgpt.callbacks import (
     HLB010BatchSize,
@@ -223,6 +224,24 @@ def test_a_checkpoint_every_few_minutes_off_the_clock(
     assert record["checkpoint_seconds"] >= 3 * 0.3
     assert 7 * 0.25 <= record["train_seconds"] < record["wall_seconds"] - 3 * 0.3
     assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 7
+
+
+def test_checkpoints_after_a_validation_are_off_the_clock(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own too, which Lightning saves after all other callbacks."""
+    save = L.Trainer.save_checkpoint
+
+    def slow(trainer: L.Trainer, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        save(trainer, *arguments, **options)
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", slow)
+    callbacks = [TimeToTarget(target=0.1), ModelCheckpoint(tmp_path, save_top_k=-1)]
+    fit(folder, tmp_path, *callbacks, max_steps=4)
+    record = read_record(tmp_path)
+    assert record["train_seconds"] < record["wall_seconds"] - 2 * 0.5
+    assert record["train_seconds"] < 0.5
 
 
 def test_minutes_between_checkpoints_are_above_0() -> None:

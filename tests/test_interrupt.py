@@ -260,7 +260,8 @@ def test_a_run_that_is_going_on_is_left_alone(hlbgpt, tiny: list[str], capfd) ->
 
 def test_a_run_killed_before_its_record_gets_one(hlbgpt, tiny: list[str]) -> None:
     """Whether its target was met or not; nothing is trained twice."""
-    for extra in ([], ["--time_to_target.target=9"]):
+    met_at_the_last_step = ["--time_to_target.target=9", "--trainer.val_check_interval=4"]
+    for extra in ([], ["--time_to_target.target=9"], met_at_the_last_step):
         hlbgpt("fit", *QUICKSTART, *tiny, *extra)
         run = max(Path("runs/quickstart").iterdir())
         record = json.loads((run / "record.json").read_text())
@@ -269,4 +270,40 @@ def test_a_run_killed_before_its_record_gets_one(hlbgpt, tiny: list[str]) -> Non
         again = json.loads((run / "record.json").read_text())
         for key in ("reached", "step", "tokens", "value", "value_step"):
             assert again[key] == record[key]
-    assert len(list(Path("runs/quickstart").iterdir())) == 2
+    assert len(list(Path("runs/quickstart").iterdir())) == 3
+
+
+def test_a_typed_folder_is_expanded_and_never_overwritten(
+    hlbgpt, tiny: list[str], capfd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    command = ["fit", *QUICKSTART, *tiny, "--trainer.default_root_dir=~/mine"]
+    hlbgpt(*command)
+    assert (tmp_path / "home/mine/record.json").is_file()
+    assert "mine' holds another run; name another folder" in error_of(hlbgpt, capfd, *command)
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_curves_to_the_next(
+    hlbgpt, tiny: list[str]
+) -> None:
+    extra = signalled("SIGINT", "on_train_batch_start", 3, times=2)
+    command = ["fit", *QUICKSTART, *tiny, "--trainer.default_root_dir=mine", *extra]
+    assert stop_code(hlbgpt, *command) == 130
+    hlbgpt(*command)
+    number_events(Path("mine"))
+    assert [step for step, _ in curves(Path("mine"))["loss/train_loss"]] == [0, 1, 2, 3]
+
+
+def test_several_processes_need_a_named_folder(
+    hlbgpt, tiny: list[str], capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started by torchrun or srun, they could not agree on one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
+    assert "trainer.default_root_dir: several processes were started" in message
+
+
+def test_a_run_at_its_last_token_is_over(hlbgpt, tiny: list[str], capfd) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny, "--data.max_tokens=300")
+    message = error_of(hlbgpt, capfd, "fit", "--ckpt_path", str(LAST))
+    assert "data.max_tokens (or the end of schedule.table): 300, but" in message

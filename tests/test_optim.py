@@ -158,7 +158,7 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
         ({"lm_head": {"rate": 1}}, "groups.lm_head: no setting 'rate'"),
         ({"lm_head": {"method": "sgd"}}, "method 'sgd' is neither"),
         ({"vectors": {"method": "muon"}}, "groups.vectors: muon is for matrices"),
-        ({"lm_head": {"lr": -1}}, "groups.lm_head: lr -1 is negative"),
+        ({"lm_head": {"lr": -1}}, "groups.lm_head: lr -1 is not 0 or more"),
         ({"lm_head": {"betas": [0.9, 1.0]}}, "groups.lm_head: betas"),
         ({"block_matrices": {"method": "muon", "momentum": 1}}, "momentum 1 is not within"),
     ],

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -10,7 +11,7 @@ from helpers import make, sgd, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlbgpt.callbacks import SequenceLengthDoubling, TokenSchedule
+from hlbgpt.callbacks import LastCheckpoint, SequenceLengthDoubling, TokenSchedule
 from hlbgpt.models import GPT
 from hlbgpt.optim import MuonAdamW
 from hlbgpt.optim.schedules import ScheduleRow, plan_steps
@@ -126,3 +127,34 @@ def test_on_a_cpu_a_micro_batch_is_never_larger_than_a_step() -> None:
     cpu = torch.device("cpu")
     assert fitting_tokens(net, 16, 160, cpu) == 160
     assert 16 <= fitting_tokens(net, 16, 10**9, cpu) < 10**5
+
+
+def test_a_run_is_resumed_with_its_own_table(folder: Path, tmp_path: Path) -> None:
+    """Another table would put the run at another step; a later end is fine."""
+    fit(folder, tmp_path, TokenSchedule(TABLE, micro_batch_tokens=64), LastCheckpoint())
+    path = tmp_path / "checkpoints" / "last.ckpt"
+
+    def resume(table: list[ScheduleRow]) -> LanguageModule:
+        module, data = make(folder, tmp_path, optimizer=muon)
+        schedule = TokenSchedule(table, micro_batch_tokens=128)
+        trainer(tmp_path, callbacks=[schedule]).fit(module, data, ckpt_path=path)
+        return module
+
+    longer = [*TABLE[:2], ScheduleRow(3000, lr=0.1)]
+    assert resume(longer).tokens_seen >= 3000
+    other = [ScheduleRow(0, sequence_length=8, step_tokens=512), ScheduleRow(9000, lr=0.1)]
+    with pytest.raises(InputError, match=r"schedule.table: it has [\d,]+ tokens before step \d+"):
+        resume(other)
+
+
+def test_micro_batches_found_on_the_gpu_are_checked_against_the_text(
+    folder: Path, tmp_path: Path
+) -> None:
+    table = [ScheduleRow(0, sequence_length=32, step_tokens=64), ScheduleRow(9**9)]
+    table.insert(1, ScheduleRow(100, step_tokens=32 * 6000))
+    schedule = TokenSchedule(table)
+    with (
+        patch("hlbgpt.callbacks.token_schedule.fitting_tokens", return_value=10**9),
+        pytest.raises(InputError, match=r"schedule.table: train split too short"),
+    ):
+        fit(folder, tmp_path, schedule)

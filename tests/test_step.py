@@ -20,7 +20,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from hlbgpt.callbacks import StepShape
+from hlbgpt.callbacks import HLB010BatchSize, HLB041BatchSize, StepShape
 from hlbgpt.models import GPT
 from hlbgpt.optim import parameter_groups
 from hlbgpt.runs import RunLogger
@@ -256,8 +256,12 @@ def test_gradient_accumulation_scheduler_works(folder: Path, tmp_path: Path) -> 
         ({"limit_train_batches": 10}, {}, "trainer.limit_train_batches: 10, .*max_steps"),
         ({"limit_train_batches": 1}, {}, "trainer.limit_train_batches: 1, .*max_steps"),
         ({"overfit_batches": 3}, {}, "trainer.overfit_batches: 3, .*max_steps"),
-        ({"val_check_interval": 0.5}, {}, "trainer.val_check_interval: 0.5 is no number of steps"),
-        ({"val_check_interval": "00:01:00:00"}, {}, "trainer.val_check_interval: 'a time' is no"),
+        (
+            {"val_check_interval": 0.5},
+            {},
+            "trainer.val_check_interval: 0.5 is not a number",
+        ),
+        ({"val_check_interval": "00:01:00:00"}, {}, "trainer.val_check_interval: 'a time' is not"),
         ({"check_val_every_n_epoch": 2}, {}, "trainer.check_val_every_n_epoch: 2, .*interval"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -348,6 +352,28 @@ def test_training_ends_with_the_tokens(folder: Path, tmp_path: Path) -> None:
     run.fit(module, data)
     assert run.global_step == 5
     assert validated == [5]
+
+
+def test_tokens_never_end_a_run_inside_a_step(folder: Path, tmp_path: Path) -> None:
+    """Where Lightning accumulates gradients over batches."""
+    module, data = make(folder, tmp_path, max_tokens=5 * 4 * 32)
+    run = trainer(tmp_path, accumulate_grad_batches=4)
+    run.fit(module, data)
+    assert (run.global_step, module.tokens_seen) == (2, 8 * 4 * 32)
+
+
+def test_an_overflow_leaves_batch_sizes_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """A gradient scaler meets infinities as a matter of course."""
+
+    class Overflow(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step == 2:
+                next(pl_module.net.parameters()).grad.fill_(torch.inf)
+
+    for batch_size in (HLB010BatchSize(), HLB041BatchSize(every_n_steps=1)):
+        module, data = make(folder, tmp_path)
+        trainer(tmp_path, max_steps=4, callbacks=[Overflow(), batch_size]).fit(module, data)
+        assert all(math.isfinite(value) for value in batch_size.state_dict().values())
 
 
 def test_validations_follow_steps(folder: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_bytes_are_their_own_tokens() -> None:
 def test_text_without_a_space_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "_LONGEST_WORD", 1000)
     monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 100)
-    with pytest.raises(InputError, match="1000 characters without a space"):
+    with pytest.raises(InputError, match="1000 characters without the end of a word"):
         encoded(load_tokenizer("bytes"), ["x" * 500] * 4)
 
 

@@ -1,5 +1,6 @@
 """The batch of hlb-gpt 0.1.0, which grows while it trains."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -39,7 +40,9 @@ class HLB010BatchSize(EstimatedBatchSize):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.update(grad_norm(list(pl_module.parameters())).item())
+        norm = grad_norm(list(pl_module.parameters())).item()
+        if math.isfinite(norm):  # a gradient scaler skips steps that overflow
+            self.update(norm)
         self.draw(trainer.global_step)
 
     def update(self, norm: float) -> None:

@@ -1,5 +1,7 @@
 """Sequence length and batch of hlb-gpt 0.4.1, which both change while it trains."""
 
+import math
+
 import lightning as L
 import torch
 
@@ -56,7 +58,7 @@ class HLB041BatchSize(EstimatedBatchSize):
 
     Args:
         rate: How fast the number of micro-batches follows, per step.
-        every_n_steps: Steps between two looks at the norm.
+        every_n_steps: Number of steps between two readings of the gradient norm.
     """
 
     def __init__(self, rate: float = 0.1, every_n_steps: int = 5) -> None:
@@ -68,10 +70,11 @@ class HLB041BatchSize(EstimatedBatchSize):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         step, parameters = trainer.global_step, list(pl_module.parameters())
-        if step % self.every_n_steps == 0:
+        norm = grad_norm(parameters).item() if step % self.every_n_steps == 0 else math.nan
+        if math.isfinite(norm):  # a gradient scaler skips steps that overflow
             self.estimate = hlb041_micro_batches(
                 self.estimate,
-                grad_norm=grad_norm(parameters).item(),
+                grad_norm=norm,
                 parameters=sum(parameter.numel() for parameter in parameters),
                 step=step,
                 rate=self.rate * self.every_n_steps,

@@ -26,8 +26,8 @@ class LastCheckpoint(Checkpoint):
     took.
 
     SIGTERM, SIGINT (Ctrl-C) and, on SLURM, the signal that announces the end of the job let the
-    run finish its step, and the validation after it, then save and stop. A second one stops the
-    run at once.
+    run finish its step, and the validation after it, then save and stop. A second one of the same
+    kind stops the run at once.
 
     Training resumes exactly from these checkpoints because they are saved where Lightning's state
     is consistent: after a step without a validation, or after the validation. Add Lightning's

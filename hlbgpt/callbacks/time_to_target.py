@@ -19,7 +19,8 @@ class TimeToTarget(L.Callback):
 
     - `train_seconds`, the headline: from before the first training step to the start of the
       validation that meets the target, without earlier validations and without the saving of
-      checkpoints. `data_seconds` is the part of it spent on making batches.
+      `last.ckpt`, or of other checkpoints after a validation. `data_seconds` is the part of it
+      spent on making batches.
     - `compile_seconds`: compilation on dummy data before the first step. What compiles later, on
       real data, counts as training.
     - `wall_seconds`: from the start of the process to the target, everything included.
@@ -94,7 +95,7 @@ class TimeToTarget(L.Callback):
                 f"{self.monitor} {value:.4f}  {self._train.seconds:.1f} s  {eta}"
             )
             pl_module.print(line.rstrip())
-        self._train.start()
+        pl_module.clock_due = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
@@ -107,6 +108,7 @@ class TimeToTarget(L.Callback):
         """Write the record last: a folder without record.json can be resumed."""
         assert isinstance(pl_module, LanguageModule)
         if self._record is None:  # resumed with nothing left to do
+            self.reached = self._last_value is not None and self._is_met(self._last_value[0])
             self._publish(trainer, pl_module)
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:

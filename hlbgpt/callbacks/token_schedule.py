@@ -22,7 +22,8 @@ class TokenSchedule(StepShape):
     Args:
         table: Rows, see `hlbgpt.optim.schedules.ScheduleRow`.
         micro_batch_tokens: Most tokens of a micro-batch on a device, or `auto` for what its memory
-            holds. It changes memory and speed, not what is learned.
+            holds. It changes memory and speed, not what is learned (but see `AdaptiveSoftmax` about
+            its capacity, which small micro-batches exceed more often).
     """
 
     def __init__(
@@ -49,7 +50,10 @@ class TokenSchedule(StepShape):
         self._plan(trainer, pl_module, 1 if tokens == "auto" else tokens)
         self._require_fitting(trainer, pl_module)
         pl_module.data.max_tokens = self.table[-1].tokens
-        pl_module.validates_after = lambda step: self.steps[step - 1].validate
+        pl_module.validates_after = self._validates_after
+
+    def _validates_after(self, step: int) -> bool:
+        return step <= len(self.steps) and self.steps[step - 1].validate
 
     def _plan(self, trainer: L.Trainer, module: LanguageModule, micro_batch_tokens: int) -> None:
         self.steps = plan_steps(
@@ -73,6 +77,9 @@ class TokenSchedule(StepShape):
             )
         longest = max(step.sequence_length for step in self.steps)
         require_context(module.net, longest, "schedule.table sequence_length")
+        self._require_text(module)
+
+    def _require_text(self, module: LanguageModule) -> None:
         for batch_size, length in step_shapes(self.steps):
             module.data.require_batch(batch_size, length, key="schedule.table")
 
@@ -87,7 +94,20 @@ class TokenSchedule(StepShape):
             tokens = fitting_tokens(pl_module.net, longest, most, pl_module.device)
         tokens = trainer.strategy.broadcast(tokens)  # one plan for all devices
         self._plan(trainer, pl_module, tokens)
+        self._require_text(pl_module)
         pl_module.print(f"schedule.micro_batch_tokens: auto: {tokens:,}")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise InputError if a resumed run is at another place than the table says."""
+        assert isinstance(pl_module, LanguageModule)
+        step, seen = trainer.global_step, pl_module.tokens_seen
+        ends = [planned.first_token for planned in self.steps[1:]]
+        if 0 < step <= len(ends) and ends[step - 1] != seen:
+            raise InputError(
+                f"schedule.table: it has {ends[step - 1]:,} tokens before step {step + 1}, but the "
+                f"checkpoint has seen {seen:,}; resume with the table and the devices of its run"
+            )
+        super().on_train_start(trainer, pl_module)
 
     def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
         """Shape of the next step; also sets its learning rates and momentum."""

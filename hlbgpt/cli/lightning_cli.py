@@ -24,6 +24,7 @@ from hlbgpt.runs.folder import (
     claim_folder,
     exclusive,
     folder_of,
+    is_first_process,
     is_unfinished,
     last_checkpoint,
     newest_checkpoint,
@@ -125,7 +126,10 @@ class CLI(LightningCLI):
     # --- building -----------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        check_trainer_settings(self.settings.trainer, this_machine=self.build_device is None)
+        trainer = self.settings.trainer
+        if trainer.default_root_dir is not None:  # also for a run that is resumed from elsewhere
+            trainer.default_root_dir = os.path.abspath(os.path.expanduser(trainer.default_root_dir))
+        check_trainer_settings(trainer, this_machine=self.build_device is None)
         if self.build_device is None:
             self._find_checkpoint()
 
@@ -192,7 +196,7 @@ class CLI(LightningCLI):
         A run that was cut short continues in its own. Its curves are cut back to the checkpoint,
         because the steps after it are made again.
         """
-        purge_step, typed = None, settings.default_root_dir
+        purge_step, typed = 0, settings.default_root_dir
         path = self.checkpoint_path
         resumes = path is not None and is_unfinished(path)
         if path and resumes and (typed is None or _same(Path(typed), folder_of(path))):
@@ -202,7 +206,7 @@ class CLI(LightningCLI):
             require_unused(folder := Path(typed))
         else:
             folder = claim_folder(RUNS / config_name(self.settings.get("config")))
-        if "LOCAL_RANK" not in os.environ:
+        if is_first_process():
             self.resources.enter_context(exclusive(folder))
         found: dict[str, Any] = {"default_root_dir": str(folder)}
         if settings.logger in (None, True):
@@ -228,9 +232,11 @@ class CLI(LightningCLI):
             return
         # A run killed after its last step has still to write its record.
         if not (self.checkpoint_path and is_unfinished(self.checkpoint_path)):
-            require_steps_left(self.checkpoint, self.trainer.max_steps)
+            table = self.config_init[self.subcommand].schedule.table
+            max_tokens = table[-1].tokens if table else self.datamodule.max_tokens
+            require_steps_left(self.checkpoint, self.trainer.max_steps, max_tokens)
         stored = self.checkpoint.get(CONFIG_KEY)
-        if stored and "LOCAL_RANK" not in os.environ:
+        if stored and is_first_process():
             now = self._parser(self.subcommand).dump(self.settings, skip_none=False)
             for line in changed_settings(stored, now):
                 print(f"resume: {line}")

@@ -119,8 +119,6 @@ class TokenDataModule(L.LightningDataModule):
             raise InputError(
                 f"data.prompts: {found}; give one, as in --data.prompts 'The history of'"
             )
-        if "train" in self.files:  # refuse a short text now, not when training starts
-            self._train_loader(self.micro_batch_size, self.sequence_length, _TRAIN_SHAPE)
         for split in self.files.keys() - {"train"}:
             tokens, length = self.files[split].header.tokens, self.eval_sequence_length
             if tokens <= length:
@@ -132,7 +130,9 @@ class TokenDataModule(L.LightningDataModule):
     def _path(self, split: str) -> Path:
         return token_file_path(self.cache_dir, self.source, split, self.tokenizer)
 
-    def require_batch(self, batch_size: int, sequence_length: int, *, key: str) -> None:
+    def require_batch(
+        self, batch_size: int, sequence_length: int, *, key: str = _TRAIN_SHAPE
+    ) -> None:
         """Raise InputError, which names `key`, if the text is too short for such a micro-batch."""
         self._train_loader(batch_size, sequence_length, key)
 

@@ -94,12 +94,12 @@ class TrainLoader:
         return self.micro_batches * self.batch_size * self.sequence_length * self.world_size
 
     def windows_per_epoch(self, sequence_length: int) -> int:
-        """Windows that fit from every phase; the last phase starts at token T - 1."""
+        """Number of windows that fit for any phase from 0 to T - 1."""
         return max(0, len(self._tokens) - sequence_length) // sequence_length
 
     def keep_tokens_on(self, device: torch.device) -> None:
         """Copy all tokens to `device`, where batches are gathered from then on."""
-        # As signed numbers, for GPUs gather no others.
+        # torch cannot index uint16 on a GPU, so the bits are stored as int16.
         signed = self._tokens.astype(np.uint16).view(np.int16)
         self._device_tokens = torch.from_numpy(signed).to(device)
 

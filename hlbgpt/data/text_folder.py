@@ -10,7 +10,7 @@ from hlbgpt.data.sources import SPLIT_PERIOD, TextSource, drawn_split, file_stam
 from hlbgpt.utils.errors import InputError
 
 _BLOCK_CHARS, _MIN_BLOCK_CHARS = 16_000, 1_000
-_BLOCK_ENDS = ("\n\n", "\n", " ")  # best first
+_BLOCK_ENDS = ("\n\n", "\r\n\r\n", "\n", " ")  # best first
 
 
 class TextFolder(TextSource):

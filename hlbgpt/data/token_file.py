@@ -151,11 +151,13 @@ def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encodi
             bar.update(task, completed=size)
         bar.update(task, total=size)
         if tokens == 0:
-            raise InputError(f"data.source: the {split} split is empty; name a text with words")
+            raise InputError(
+                f"data.source: the {split} split is empty; name a file that contains text"
+            )
         if _identity(source, split) != made_from:
             raise InputError(
-                f"data.source: the {split} split changed while it was tokenized; start again when "
-                "nobody writes to it"
+                f"data.source: the {split} split changed while it was tokenized; start again "
+                "once no process is writing to it"
             )
         header = Header(encoding.name, tokens=tokens, text_bytes=size, crc32=crc)
         file.seek(0)

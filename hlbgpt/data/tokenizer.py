@@ -113,8 +113,7 @@ def _chunks(parts: Iterable[str]) -> Iterator[str]:
             held, searched = held[match.end() :], 0
         elif len(held) > _LONGEST_WORD:
             raise InputError(
-                f"text: {_LONGEST_WORD} characters without a space or line end; is this a text "
-                "file?"
+                f"text: {_LONGEST_WORD} characters without the end of a word; is this a text file?"
             )
         else:
             searched = len(held) - 1

@@ -77,3 +77,9 @@ def require_positive(**settings: int) -> None:
     """Raise ValueError for the first of a network's settings that is less than 1."""
     for name, value in settings.items():
         require(value >= 1, f"{name}: {value} is less than 1; set it to at least 1")
+
+
+def require_not_negative(**settings: float) -> None:
+    """Raise ValueError for the first setting below 0."""
+    for name, value in settings.items():
+        require(value >= 0, f"{name}: {value} is negative; set it to 0 or more")

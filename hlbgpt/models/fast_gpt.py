@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
-from hlbgpt.models.base import Network, require, require_positive
+from hlbgpt.models.base import Network, require, require_not_negative, require_positive
 from hlbgpt.models.kv_cache import KVCache, causal_attention, with_previous
 from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
@@ -77,6 +77,12 @@ class FastGPT(Network):
     ) -> None:
         super().__init__()
         require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+        require_not_negative(softcap=softcap, bigram_buckets=bigram_buckets)
+        require_not_negative(loss_chunk_tokens=loss_chunk_tokens)
+        require(
+            0 <= value_embed_blocks <= num_blocks,
+            f"value_embed_blocks: {value_embed_blocks} is not from 0 to num_blocks {num_blocks}",
+        )
         require_positive(width=width, num_heads=num_heads, num_blocks=num_blocks)
         require(
             width % (2 * num_heads) == 0,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import Network, require, require_positive
+from hlbgpt.models.base import Network, require, require_not_negative, require_positive
 from hlbgpt.models.kv_cache import KVCache, causal_attention
 from hlbgpt.models.lm_head import LMHead, TokenScores
 
@@ -46,6 +46,7 @@ class GPT(Network):
     ) -> None:
         super().__init__()
         require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+        require_not_negative(loss_chunk_tokens=loss_chunk_tokens)
         require_positive(width=width, num_heads=num_heads, num_blocks=num_blocks)
         require(init_std > 0, f"init_std: {init_std} is not above 0; try 0.02")
         divisible = width % num_heads == 0

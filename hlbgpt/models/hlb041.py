@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import Network, require, require_positive
+from hlbgpt.models.base import Network, require, require_not_negative, require_positive
 from hlbgpt.models.kv_cache import KVCache, token_distance
 from hlbgpt.models.lm_head import LMHead, TokenScores
 
@@ -43,6 +43,7 @@ class HLB041(Network):
     ) -> None:
         super().__init__()
         require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+        require_not_negative(loss_chunk_tokens=loss_chunk_tokens)
         require_positive(width=width, num_blocks=num_blocks)
         require(width % 8 == 0, f"width: {width} is not divisible by 8; round it")
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length

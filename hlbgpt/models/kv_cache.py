@@ -1,4 +1,4 @@
-"""KV cache for incremental decoding, and what layers need of it.
+"""KV cache for incremental decoding, and the functions through which layers use it.
 
 Shapes: B sequences, T new tokens of each, L tokens of the longest sequence including new ones.
 """

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import require
+from hlbgpt.models.base import require_not_negative
 from hlbgpt.models.kv_cache import KVCache, token_distance, with_previous
 
 _MASKED = -1e4  # score of probability 0; an infinity would turn gradients into NaN
@@ -73,8 +73,7 @@ class Pointer(nn.Module):
 
     def __init__(self, width: int, dim: int, ngrams: int = 2) -> None:
         super().__init__()
-        require(dim >= 0, f"pointer_dim: {dim} is negative; set it to 0 or more")
-        require(ngrams >= 0, f"pointer_ngrams: {ngrams} is negative; set it to 0 or more")
+        require_not_negative(pointer_dim=dim, pointer_ngrams=ngrams)
         # Also gives the vocabulary's score and the bonuses.
         self.q_proj = nn.Linear(width, dim + 1 + ngrams, bias=False)
         self.k_proj = nn.Linear(width, dim, bias=False)

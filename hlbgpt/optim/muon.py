@@ -95,12 +95,12 @@ class MuonAdamW(Optimizer):
         }
         for name in groups.keys() - RULES.keys():
             raise ValueError(f"groups: no group {name!r}; use {', '.join(sorted(RULES))}")
+        for name, settings in groups.items():
+            if unknown := settings.keys() - defaults.keys():
+                raise ValueError(f"groups.{name}: no setting {min(unknown)!r}")
         merged = [{**group, **groups.get(str(group.get("name")), {})} for group in params]
         for group in merged:
-            name = f"groups.{group.get('name', 'all')}"
-            if unknown := group.keys() - {*defaults, "params", "name"}:
-                raise ValueError(f"{name}: no setting {min(unknown)!r}")
-            _check_settings(name, {**defaults, **group})
+            _check_settings(f"groups.{group.get('name', 'all')}", {**defaults, **group})
         super().__init__(merged, defaults)
         for group in self.param_groups:
             group["betas"] = tuple(group["betas"])  # YAML has lists
@@ -173,7 +173,9 @@ def _check_settings(name: str, group: dict[str, Any]) -> None:
         raise ValueError(f"{name}: muon is for matrices; use adamw")
     for key in ("lr", "eps", "weight_decay"):
         if not group[key] >= 0:
-            raise ValueError(f"{name}: {key} {group[key]} is negative; use 0 or more")
+            raise ValueError(f"{name}: {key} {group[key]} is not 0 or more")
     for key, values in {"betas": group["betas"], "momentum": [group["momentum"]]}.items():
         if not all(0 <= value < 1 for value in values):
             raise ValueError(f"{name}: {key} {group[key]} is not within [0, 1)")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"{name}: betas {group['betas']} are not two numbers")

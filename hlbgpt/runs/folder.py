@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import locked
@@ -67,13 +69,25 @@ def is_unfinished(checkpoint: str | Path) -> bool:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this process has rank 0, whoever launched it."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def claim_folder(parent: Path) -> Path:
     """Make the first version_N in `parent` that does not exist, for this process alone.
 
-    Ranks that Lightning launches later use the folder that the first one made.
+    Ranks that Lightning launches later use the folder that the first one made. Raises InputError
+    where another launcher has started several processes, which could not agree on a folder.
     """
-    if (claimed := os.environ.get(_CLAIMED)) and "LOCAL_RANK" in os.environ:
+    if (claimed := os.environ.get(_CLAIMED)) and not is_first_process():
         return Path(claimed)
+    tasks = os.environ.get("SLURM_NTASKS", "1") if SLURMEnvironment.detect() else "1"
+    if os.environ.get("WORLD_SIZE", tasks) != "1":
+        raise InputError(
+            "trainer.default_root_dir: several processes were started, by torchrun or srun; name "
+            "the run's folder for all of them"
+        )
     number = 0
     while True:
         folder = parent / f"version_{number}"
@@ -106,14 +120,14 @@ def require_unused(folder: Path) -> None:
 
 def release_claim() -> None:
     """Forget the claimed folder: its run is over, or trains now and is to be kept."""
-    if "LOCAL_RANK" not in os.environ:
+    if is_first_process():
         os.environ.pop(_CLAIMED, None)
 
 
 def remove_unused_folder() -> None:
     """Remove the folder that is still claimed: its run ended before it trained."""
     folder = Path(os.environ.get(_CLAIMED, ""))
-    if folder.name and "LOCAL_RANK" not in os.environ and not (folder / "checkpoints").exists():
+    if folder.name and is_first_process() and not (folder / "checkpoints").exists():
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # they hold other runs
             folder.parent.rmdir()

@@ -2,12 +2,31 @@
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
+from torch.optim import Optimizer
 
 from hlbgpt.data import TokenDataModule
 from hlbgpt.models import Network
 from hlbgpt.utils.errors import InputError
 
 _DEFAULT_MAX_EPOCHS = 1000  # what Lightning sets where neither steps nor epochs are given
+
+
+def require_fitting_together(
+    stage: str, trainer: L.Trainer, net: Network, data: TokenDataModule
+) -> None:
+    """Raise InputError where trainer, network and data do not fit together in `stage`."""
+    require_vocabulary(net, data)
+    if stage == "predict":
+        require_one_device(trainer)
+        return
+    require_context(net, data.eval_sequence_length, "data.eval_sequence_length")
+    if stage == "fit":
+        require_supported(trainer)
+        require_context(net, data.sequence_length, "data.sequence_length")
+        data.require_batch(data.micro_batch_size, data.sequence_length)
+        if data.micro_batches > 1:
+            require_no_accumulation(trainer, "data.micro_batches")
 
 
 def require_supported(trainer: L.Trainer) -> None:
@@ -19,6 +38,11 @@ def require_supported(trainer: L.Trainer) -> None:
             f"trainer.max_epochs: {trainer.max_epochs}, but training batches are drawn without "
             "end; set trainer.max_steps and leave max_epochs at -1"
         )
+    if trainer.min_steps or trainer.min_epochs:
+        raise InputError(
+            "trainer.min_steps, min_epochs or min_time: they would keep a run from stopping at its "
+            "target; leave them out"
+        )
     for key, default in (("overfit_batches", 0.0), ("limit_train_batches", 1.0)):
         if (value := getattr(trainer, key)) != default or (isinstance(value, int) and value):
             raise InputError(
@@ -28,7 +52,7 @@ def require_supported(trainer: L.Trainer) -> None:
     interval = getattr(trainer, "val_check_interval", "a time")
     if not isinstance(interval, int) and interval != 1.0:
         raise InputError(
-            f"trainer.val_check_interval: {interval!r} is no number of steps; give an integer, "
+            f"trainer.val_check_interval: {interval!r} is not a number of steps; give an integer, "
             "such as 100"
         )
     if trainer.check_val_every_n_epoch not in (None, 1):
@@ -47,6 +71,29 @@ def require_no_accumulation(trainer: L.Trainer, key: str) -> None:
         raise InputError(
             f"trainer.accumulate_grad_batches (or GradientAccumulationScheduler) and {key} both "
             "split a step into micro-batches; leave out the former and set data.micro_batches"
+        )
+
+
+def require_clipping_works(trainer: L.Trainer, optimizer: Optimizer) -> None:
+    """Raise InputError for fused optimizers with clipping in mixed precision, as Lightning does.
+
+    Lightning itself says so in the first step only.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if fused and trainer.gradient_clip_val and isinstance(trainer.precision_plugin, MixedPrecision):
+        raise InputError(
+            f"trainer.gradient_clip_val: {trainer.gradient_clip_val}, but Lightning clips no "
+            f"gradients of a fused optimizer in {trainer.precision}; set "
+            "model.optimizer.init_args.fused to false"
+        )
+
+
+def require_one_device(trainer: L.Trainer) -> None:
+    """Raise InputError for several devices, where each would print some of the texts."""
+    if trainer.world_size > 1:
+        raise InputError(
+            f"trainer.devices: predict runs on one device, not on {trainer.world_size}; add "
+            "--trainer.devices 1"
         )
 
 

@@ -51,7 +51,7 @@ class Evaluation(nn.Module):
         self.accuracy.update(scores.correct, counted)
 
     def compute(self, header: Header) -> dict[str, Tensor]:
-        """Loss in nats per token, perplexity, bits per byte and accuracy; starts anew.
+        """Loss in nats per token, perplexity, bits per byte and accuracy; then resets the sums.
 
         Args:
             header: Of the split's token file, all of whose tokens but the first were predicted.

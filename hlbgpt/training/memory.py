@@ -1,5 +1,6 @@
 """The largest micro-batch that fits into a GPU's memory, measured before training."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,11 +35,15 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     # Gradients, and two numbers per parameter in the optimizer.
     kept = 3 * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
 
-    def peak(windows: int) -> int:
+    def peak(windows: int) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        # `forward` bypasses torch.compile, which would compile for these shapes.
-        forward_and_backward(net.forward, net, (windows, sequence_length), device)
+        try:
+            # `forward` bypasses torch.compile, which would compile for these shapes.
+            forward_and_backward(net.forward, net, (windows, sequence_length), device)
+        except torch.OutOfMemoryError:
+            net.zero_grad(set_to_none=True)
+            return math.inf
         return torch.cuda.max_memory_allocated(device) - before
 
     windows = windows_that_fit(peak, (free + cached) * _USABLE - kept, most // sequence_length)
@@ -46,11 +51,11 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     return windows * sequence_length
 
 
-def windows_that_fit(peak: Callable[[int], int], room: float, most: int) -> int:
+def windows_that_fit(peak: Callable[[int], float], room: float, most: int) -> int:
     """The largest number of windows, up to `most`, whose memory stays within `room` bytes.
 
     Args:
-        peak: Bytes that a micro-batch of one or two windows takes.
+        peak: Bytes that a micro-batch of one or two windows takes; infinity if it runs out of them.
         room: Bytes.
         most: At least 1.
 
@@ -59,9 +64,10 @@ def windows_that_fit(peak: Callable[[int], int], room: float, most: int) -> int:
     """
     one = peak(1)
     if one > room:
+        takes = f"{one / 1e9:.1f} GB" if math.isfinite(one) else "more"
         raise InputError(
-            f"schedule.micro_batch_tokens: one window takes {one / 1e9:.1f} GB, and "
-            f"{max(room, 0) / 1e9:.1f} GB are free; use shorter sequences or a smaller network"
+            f"schedule.micro_batch_tokens: one window takes {takes}, and {max(room, 0) / 1e9:.1f} "
+            "GB are free; use shorter sequences or a smaller network"
         )
     if most <= 1:
         return 1

@@ -35,6 +35,7 @@ class LanguageModule(step.MicroBatchedModule):
 
     Attributes:
         clock: Training time; the callback `TimeToTarget` runs it.
+        clock_due: Whether the clock is to go on once a validation is over.
         checkpoint_clock: Time spent on saving checkpoints, which is no training time.
         last_logged: Values of the last training step that was logged.
         train_shapes: Each (B, T) that micro-batches will have, to be compiled before training.
@@ -54,7 +55,7 @@ class LanguageModule(step.MicroBatchedModule):
         super().__init__()
         self.net, self.optimizer, self.lr_scheduler = net, optimizer, lr_scheduler
         self.compile_net, self.compile_seconds, self.sampling = compile, 0.0, sampling
-        self.clock, self.checkpoint_clock = Stopwatch(), Stopwatch()
+        self.clock, self.checkpoint_clock, self.clock_due = Stopwatch(), Stopwatch(), False
         self.train_shapes: list[tuple[int, int]] = []
         self.evaluation = evaluation.Evaluation()
         self.throughput = Throughput()
@@ -80,15 +81,7 @@ class LanguageModule(step.MicroBatchedModule):
     def setup(self, stage: str) -> None:
         """Raise InputError where network, data and trainer do not fit together."""
         self._fitting = stage == "fit"
-        checks.require_vocabulary(self.net, self.data)
-        if self._fitting:
-            checks.require_supported(self.trainer)
-            checks.require_context(self.net, self.data.sequence_length, "data.sequence_length")
-            if self.data.micro_batches > 1:
-                checks.require_no_accumulation(self.trainer, "data.micro_batches")
-        if stage != "predict":
-            length = self.data.eval_sequence_length
-            checks.require_context(self.net, length, "data.eval_sequence_length")
+        checks.require_fitting_together(stage, self.trainer, self.net, self.data)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
             strategy.checkpoint_io = AtomicCheckpointIO()
@@ -102,6 +95,7 @@ class LanguageModule(step.MicroBatchedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build_optimizer(self.net, self.optimizer, self.lr_scheduler)
+        checks.require_clipping_works(self.trainer, optimizer)
         if scheduler is None:
             return optimizer
         checks.require_schedule_length(getattr(scheduler, "total_steps", None), self.trainer)
@@ -169,8 +163,16 @@ class LanguageModule(step.MicroBatchedModule):
             self.last_logged = self.log_step(self.trainer.global_step, {**values, **updates})
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        if self.is_last_step(self.trainer.global_step):
+        if self.ends_step and self.is_last_step(self.trainer.global_step):
             self.trainer.should_stop = True
+
+    def on_validation_model_train(self) -> None:
+        """Comes after all callbacks' `on_validation_end`, in which checkpoints are saved."""
+        super().on_validation_model_train()
+        if self.clock_due:
+            self.clock_due = False
+            self.clock.start()
+        self.throughput.restart()
 
     def log_step(self, step: int, values: dict[str, Any]) -> dict[str, float]:
         """Log numbers and scalar tensors of a step, numbered from 0 as by Lightning; returns them.
@@ -227,7 +229,6 @@ class LanguageModule(step.MicroBatchedModule):
         self._log_evaluation("test", "test")
 
     def _log_evaluation(self, split: str, prefix: str) -> None:
-        self.throughput.restart()
         found = self.evaluation.compute(self.data.files[split].header)
         values = {f"{prefix}_{name}": value for name, value in found.items()}
         # For callbacks, and the table of `hlbgpt validate`.

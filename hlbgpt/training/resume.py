@@ -61,8 +61,13 @@ def require_training_state(checkpoint: dict[str, Any]) -> None:
         )
 
 
-def require_steps_left(checkpoint: dict[str, Any], max_steps: int) -> None:
-    """Raise InputError where the run of `checkpoint` has made `max_steps` already."""
+def require_steps_left(checkpoint: dict[str, Any], max_steps: int, max_tokens: int | None) -> None:
+    """Raise InputError where the run of `checkpoint` has reached its end already."""
+    if max_tokens is not None and max_tokens <= (seen := checkpoint[KEY]["tokens_seen"]):
+        raise InputError(
+            f"data.max_tokens (or the end of schedule.table): {max_tokens}, but the checkpoint has "
+            f"seen {seen} already; raise it, or measure the checkpoint with `hlbgpt validate`"
+        )
     if 0 <= max_steps <= (step := checkpoint["global_step"]):
         raise InputError(
             f"trainer.max_steps: {max_steps}, but the checkpoint is at step {step} already; set it "
