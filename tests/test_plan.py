@@ -27,7 +27,7 @@ SMALL = [
     f"--schedule.table={json.dumps(TABLE)}",
     "--schedule.micro_batch_tokens=128",
     *("--model.net.init_args.width=32", "--model.net.init_args.num_heads=2"),
-    "--model.net.init_args.num_blocks=1",
+    "--model.net.init_args.num_blocks=2",
 ]
 
 

@@ -205,8 +205,8 @@ def test_the_command_writes_a_picture(name: str, tmp_path: Path, capsys) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere: no run is there; name a folder with config.yaml and events"),
-        (["x=empty"], "x=empty: no run is there; name a folder"),
+        (["nowhere"], "nowhere: contains no run; name a folder with config.yaml and events"),
+        (["x=empty"], "x=empty: contains no run; name a folder"),
         (["young"], ".*/young: no validation loss yet; wait for the first one"),
         (["good", "--out", "x.doc"], "--out: cannot write x.doc: Format 'doc' is not supported"),
         (["good", "--out", "none/x.png"], "--out: cannot write none/x.png: .*No such file"),
