@@ -97,7 +97,8 @@ class CLI(LightningCLI):
         return {self._command: known[self._command]} if self._command else known
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # without Lightning's warning about sys.argv
+        """As Lightning's own, without its warning that arguments hide those of `sys.argv`."""
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The order of their hooks: what is divergent is neither recorded nor saved.
