@@ -1,5 +1,6 @@
 """torch.compile changes neither the results nor the names in checkpoints."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -8,8 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS
-from helpers import make, sgd, trainer
+from helpers import make, sgd, small_gpt, trainer
 from torch import nn
+from torch._dynamo.utils import counters
+
+from hlbgpt.callbacks import LastCheckpoint, TokenSchedule
+from hlbgpt.optim import MuonAdamW, parameter_groups
+from hlbgpt.optim.schedules import ScheduleRow
+from hlbgpt.training.compilation import warm_up_optimizer
+from hlbgpt.training.module import LanguageModule
 
 ARGUMENTS = [
     "--config",
@@ -26,7 +34,9 @@ ARGUMENTS = [
 def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace and differentiate as torch.compile does, without generating code."""
     compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_(net, backend="aot_eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda net, **kw: compile_(net, backend="aot_eager", **kw)
+    )
     torch.compiler.reset()
 
 
@@ -71,35 +81,104 @@ def test_everything_is_compiled_before_the_clock(
     folder: Path, tmp_path: Path, quick_compile: None
 ) -> None:
     """Training and validating real batches compiles nothing more, and starts where it would."""
-    from torch._dynamo.utils import counters
 
-    def run(compiled: bool) -> tuple[dict[str, Any], int, int]:
+    def run(compiled: bool) -> tuple[list[torch.Tensor], list[int]]:
         module, data = make(folder, tmp_path, optimizer=sgd(0.1), eval_batch_size=16)
         module.compile_net = compiled
-        seen: list[int] = []
-        start = module.on_fit_start
-
-        def counted() -> None:
-            start()
-            seen.append(counters["stats"]["unique_graphs"])
-
-        module.on_fit_start = counted
         torch.manual_seed(1)
-        run = trainer(
-            tmp_path,
-            max_steps=6,
-            limit_val_batches=1.0,
-            val_check_interval=3,
-        )
-        run.fit(module, data)
-        state = {"weights": [p.detach().clone() for p in module.parameters()]}
-        return state, seen[0], counters["stats"]["unique_graphs"]
+        arguments = {"max_steps": 6, "limit_val_batches": 1.0, "val_check_interval": 3}
+        graphs = count_graphs(module)
+        trainer(tmp_path, **arguments).fit(module, data)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return [p.detach().clone() for p in module.parameters()], graphs
 
-    counters.clear()
-    state, warm, end = run(compiled=True)
+    weights, (warm, end) = run(compiled=True)
     assert warm == end > 0
     random_state = torch.random.get_rng_state()
-    eager, _, _ = run(compiled=False)
+    eager, _ = run(compiled=False)
     assert torch.equal(random_state, torch.random.get_rng_state())
-    for ours, theirs in zip(state["weights"], eager["weights"], strict=True):
+    for ours, theirs in zip(weights, eager, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def count_graphs(module: LanguageModule) -> list[int]:
+    """A list that gets the number of graphs compiled by the time that training starts."""
+    counters.clear()
+    seen: list[int] = []
+    start = module.on_fit_start
+
+    def counted() -> None:
+        start()
+        seen.append(counters["stats"]["unique_graphs"])
+
+    module.on_fit_start = counted  # type: ignore[method-assign]
+    return seen
+
+
+def test_each_shape_of_a_schedule_is_compiled_once(
+    folder: Path, tmp_path: Path, quick_compile: None
+) -> None:
+    """More shapes than torch compiles by default, static, also by a run resumed in the middle."""
+    rows = [ScheduleRow(0, sequence_length=4, step_tokens=64, lr=1.0, validate_every=300)]
+    rows += [ScheduleRow(128 * i, sequence_length=4 + 2 * i) for i in range(1, 11)]
+    rows.append(ScheduleRow(1500, lr=0.5))
+    for steps, shapes in ((12, 11), (-1, 11)):
+        torch.compiler.reset()
+        module, data = make(folder, tmp_path, optimizer=sgd(0.1), eval_batch_size=16)
+        module.compile_net = True
+        schedule = TokenSchedule(rows, micro_batch_tokens=64)
+        run = trainer(
+            tmp_path,
+            max_steps=steps,
+            limit_val_batches=1.0,
+            callbacks=[schedule, LastCheckpoint()],
+        )
+        graphs = count_graphs(module)
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        run.fit(module, data, ckpt_path=last if steps == -1 else None)
+        assert graphs == [shapes + 1]  # and evaluation
+        assert counters["stats"]["unique_graphs"] == shapes + 1
+        assert len({step.sequence_length for step in schedule.steps}) == shapes
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda groups: MuonAdamW(groups, {"block_matrices": {"method": "muon"}}, weight_decay=0.1),
+        lambda groups: torch.optim.AdamW(groups, fused=True),
+        lambda groups: torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1),
+        lambda groups: torch.optim.Adagrad(groups, lr=0.1),  # has state before its first step
+        lambda groups: torch.optim.LBFGS([p for group in groups for p in group["params"]]),
+    ],
+    ids=["MuonAdamW", "AdamW", "SGD", "Adagrad", "LBFGS"],
+)
+def test_warming_up_the_optimizer_changes_nothing(make_optimizer: Any, warm: int) -> None:
+    """Neither the weights and the state it leaves, nor any step that follows."""
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def train(steps: int, optimizer: torch.optim.Optimizer, net: nn.Module) -> None:
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = net(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure)
+
+    ends = []
+    for warmed in (False, True):
+        net = small_gpt()
+        optimizer = make_optimizer(parameter_groups(net))
+        train(warm, optimizer, net)
+        if warmed:
+            before = copy.deepcopy(optimizer.state_dict())
+            assert warm_up_optimizer(optimizer) > 0
+            after = optimizer.state_dict()
+            assert after["param_groups"] == before["param_groups"]
+            torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+            assert all(p.grad is None for p in net.parameters())
+        train(1, optimizer, net)
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -1,7 +1,9 @@
 """Properties of every network, and references for hlb-gpt 0.4.1's and the fast GPT."""
 
+import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models import GPT, HLB041, FastGPT, Network
+from hlbgpt.models import GPT, HLB041, FastGPT, Network, adaptive_softmax
+from hlbgpt.models.adaptive_softmax import take
+from hlbgpt.models.kv_cache import earlier
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 3}
 NETWORKS: dict[str, Callable[[], Network]] = {
@@ -60,6 +64,14 @@ def test_no_output_depends_on_a_later_token(net: Network) -> None:
         after = net(changed)
         torch.testing.assert_close(after[0, :place], before[0, :place])
         assert not torch.allclose(after[0, place], before[0, place])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 5), (2, 5, 3)])
+def test_earlier_states_are_those_of_the_tokens_before(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    padded = torch.cat([torch.zeros(2, 3, *shape[2:]), x], dim=1)
+    for back, states in enumerate(earlier(x, 3), start=1):
+        assert torch.equal(states, padded[:, 3 - back :][:, : shape[1]])
 
 
 def test_scores_and_loss_are_those_of_the_logits(net: Network) -> None:
@@ -155,6 +167,39 @@ def test_hlb041_equals_its_description() -> None:
     torch.testing.assert_close(net(tokens), reference(net, tokens), rtol=1e-4, atol=1e-4)
 
 
+def biased_attention(x: Tensor, block: nn.Module, width: int) -> Tensor:
+    """A block with the bias added to the scores of one head, as hlb-gpt does it."""
+    positions = torch.arange(x.shape[1], device=x.device)
+    distance = (positions - positions[:, None]).to(x.dtype)
+    y = F.layer_norm(x, (width,), block.norm.weight) @ block.up_proj.weight.T
+    query, key, linear, gate = y.split([width // 8, width // 8, 2 * width, 2 * width], dim=-1)
+    local, values = (linear * F.gelu(gate)).chunk(2, dim=-1)
+    scores = query @ key.mT / math.sqrt(width // 8) + F.softplus(block.slope) * distance
+    attended = scores.masked_fill(distance > 0, -torch.inf).softmax(-1) @ values
+    return x + torch.cat([local, attended], dim=-1) @ block.down_proj.weight.T
+
+
+@pytest.mark.parametrize(("width", "length"), [(8, 5), (64, 40), (384, 1024)])
+def test_hlb041_attends_by_distance_at_full_length(width: int, length: int) -> None:
+    """Losing no precision to the positions: the result and all gradients, against float64."""
+    torch.manual_seed(0)
+    net = HLB041(vocab_size=8, max_sequence_length=length, width=width, num_blocks=1)
+    block, exact = net.blocks[0], copy.deepcopy(net.blocks[0]).double()
+    for parameter, double in zip(block.parameters(), exact.parameters(), strict=True):
+        nn.init.normal_(parameter, std=1.0 if parameter.ndim == 0 else width**-0.5)
+        double.data.copy_(parameter)
+    x, grad = torch.randn(2, length, width), torch.randn(2, length, width)
+    expected = biased_attention(x.double(), exact, width)
+    expected.backward(grad.double())
+    ours = block(x, torch.arange(length))
+    ours.backward(grad)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+    for parameter, double in zip(block.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert double.grad is not None
+        assert (parameter.grad - double.grad).norm() < 2e-3 * double.grad.norm()
+
+
 def test_sizes() -> None:
     """The published 46.0M parameters, and a shape with 1.5 billion."""
 
@@ -223,6 +268,25 @@ def test_targets_beyond_the_capacity_have_no_loss_within_their_cluster() -> None
     torch.testing.assert_close(net(x, targets, per_token=True).loss[0], losses)
     losses[8:12] = -log_probs[8:12, 8:].logsumexp(-1)
     torch.testing.assert_close(net(x, targets), losses.mean())
+
+
+@pytest.mark.parametrize("capacity", [None, [1.0, 1.0], [0.3, 0.2]])
+def test_rows_of_rare_clusters_get_the_gradients_of_indexing(capacity: list[float] | None) -> None:
+    """To the last bit, also where targets exceed the capacity or leave some of it unused."""
+    torch.manual_seed(0)
+    head = FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], capacity=capacity).lm_head
+    nn.init.normal_(head.weight, std=0.3)
+    x, targets = torch.randn(4, 16, 32, requires_grad=True), torch.randint(-1, 64, (4, 16))
+    loss = head(x, targets)
+    loss.backward()
+    ours = [x.grad.clone(), head.weight.grad.clone()]
+    x.grad = head.weight.grad = None
+    with pytest.MonkeyPatch.context() as patch:
+        indexed = SimpleNamespace(apply=lambda rows, index, inverse: take(rows, index))
+        patch.setattr(adaptive_softmax, "_TakeRows", indexed)
+        head(x, targets).backward()
+    assert torch.equal(ours[0], x.grad)
+    assert torch.equal(ours[1], head.weight.grad)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models import GPT, HLB041, FastGPT, Network
@@ -55,6 +56,9 @@ def test_newton_schulz_equals_the_reference(shape: tuple[int, int]) -> None:
     exact = newton_schulz(matrices, dtype=torch.float64)
     for ours, matrix in zip(exact, matrices, strict=True):
         torch.testing.assert_close(ours, reference(matrix), rtol=1e-5, atol=1e-6)
+    short = F.pad(matrices, (0, 0, 0, 7))  # rows of zeros
+    filled = newton_schulz(short, dtype=torch.float64)
+    torch.testing.assert_close(filled, F.pad(exact, (0, 0, 0, 7)), rtol=1e-5, atol=1e-6)
     values = torch.linalg.svdvals(exact)
     assert values.max() < 1.25
     assert values.median() > 0.65
@@ -65,7 +69,7 @@ def test_newton_schulz_equals_the_reference(shape: tuple[int, int]) -> None:
 def test_muon_equals_the_reference() -> None:
     torch.manual_seed(0)
     net = nn.Module()
-    shapes = {"a": (8, 8), "b": (16, 4), "c": (8, 8), "d": (4, 16)}
+    shapes = {"a": (8, 8), "b": (16, 4), "c": (8, 8), "d": (4, 16), "e": (3, 8), "f": (16, 2)}
     net.blocks = nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
     ours = MuonAdamW(
         parameter_groups(net),

@@ -124,5 +124,6 @@ def test_micro_batches_stay_while_the_norm_is_as_expected() -> None:
     how: dict[str, Any] = {"parameters": parameters, "step": step, "rate": 0.5}
     assert hlb041_micro_batches(3.0, grad_norm=expected, **how) == pytest.approx(3.0)
     assert hlb041_micro_batches(3.0, grad_norm=2 * expected, **how) == pytest.approx(4.5)
+    assert hlb041_micro_batches(3.0, grad_norm=1e9, **how) == pytest.approx(12.0)  # not endless
     assert hlb041_micro_batches(3.0, grad_norm=0.0, **how) == pytest.approx(1.5)
     assert hlb041_micro_batches(0.0, grad_norm=9 * expected, **how) == 0.1

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import tiktoken
 import torch
 from torch.utils.data import DataLoader
@@ -18,7 +17,6 @@ from hlbgpt.utils.errors import InputError, require_positive
 from hlbgpt.utils.seed import run_seed
 
 _TRAIN_SHAPE = "data.sequence_length, data.micro_batch_size"
-_COUNT_BLOCK = 1 << 22  # tokens; counting takes 8 bytes for each
 
 _SPLITS_OF_STAGE = {
     "fit": ("train", "validation"),
@@ -187,14 +185,6 @@ class TokenDataModule(L.LightningDataModule):
         return DataLoader(prompts, batch_size=self.eval_batch_size, collate_fn=list)
 
     # --- tokens -------------------------------------------------------------------------------
-
-    def token_counts(self) -> torch.Tensor:
-        """(vocab_size,) int64: how often each token occurs in the training split."""
-        tokens, counts = self.files["train"].tokens, np.zeros(self.vocab_size, dtype=np.int64)
-        for start in range(0, len(tokens), _COUNT_BLOCK):
-            block = tokens[start : start + _COUNT_BLOCK]
-            counts += np.bincount(block, minlength=self.vocab_size)
-        return torch.from_numpy(counts)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from hlbgpt.utils.clock import Stopwatch
 
 _ENDLESS = 1 << 40  # steps; any length keeps Lightning from reading a batch ahead
+_BLOCK = 1 << 14  # windows whose order is drawn at a time
+_COUNTED = 1 << 24  # tokens that are counted at a time
 
 
 class TrainLoader:
@@ -22,7 +24,8 @@ class TrainLoader:
 
     An epoch cuts the tokens into windows from a random phase and shuffles them, so that every
     window comes once. Each of `world_size` ranks takes its own windows of a micro-batch. Phase and
-    order depend on the seed and the epoch alone; the state is where the next window is.
+    order depend on the seed and the epoch alone, and the order is drawn as it is needed; the state
+    is where the next window is.
 
     Args:
         tokens: (N,) unsigned integers.
@@ -59,7 +62,7 @@ class TrainLoader:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = self.next_window = 0
         self.wait = Stopwatch()
-        self._order: tuple[Any, np.ndarray] = (None, np.empty(0, dtype=np.int64))
+        self._block: tuple[Any, np.ndarray] = (None, np.empty(0, dtype=np.int64))
         self.set_step(
             micro_batches=micro_batches, batch_size=batch_size, sequence_length=sequence_length
         )
@@ -103,6 +106,18 @@ class TrainLoader:
         signed = self._tokens.astype(np.uint16).view(np.int16)
         self._device_tokens = torch.from_numpy(signed).to(device)
 
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """(vocab_size,) int64: how often each token occurs; on the device if the tokens are."""
+        tokens = self._tokens if self._device_tokens is None else self._device_tokens
+        device = None if self._device_tokens is None else self._device_tokens.device
+        counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+        for start in range(0, len(tokens), _COUNTED):
+            block = tokens[start : start + _COUNTED]
+            if isinstance(block, np.ndarray):
+                block = torch.from_numpy(block.astype(np.int32))
+            counts += torch.bincount(block.to(torch.int32) & 0xFFFF, minlength=vocab_size)
+        return counts
+
     def __len__(self) -> int:
         return _ENDLESS
 
@@ -133,23 +148,24 @@ class TrainLoader:
         count = self.micro_batches * self.world_size * self.batch_size
         parts = []
         while count:
-            order = self._epoch_offsets()
-            parts.append(order[self.next_window : self.next_window + count])
+            block = self._block_offsets(self.next_window // _BLOCK)
+            parts.append(block[self.next_window % _BLOCK :][:count])
             count -= len(parts[-1])
             self.next_window += len(parts[-1])
-            if self.next_window == len(order):
+            if self.next_window == self.windows_per_epoch(self.sequence_length):
                 self.epoch, self.next_window = self.epoch + 1, 0
         shape = self.micro_batches, self.world_size, self.batch_size
         return np.concatenate(parts).reshape(shape)[:, self.rank]
 
-    def _epoch_offsets(self) -> np.ndarray:
-        """Where the windows of this epoch start, in the epoch's order."""
-        if self._order[0] != (key := (self.epoch, self.sequence_length)):
-            random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
-            phase = random.integers(self.sequence_length)
+    def _block_offsets(self, block: int) -> np.ndarray:
+        """Where a block of the epoch's windows starts in the tokens, in the epoch's order."""
+        if self._block[0] != (key := (self.epoch, self.sequence_length, block)):
+            seed = [self.seed, self.epoch]
+            phase = np.random.Generator(np.random.PCG64(seed)).integers(self.sequence_length)
             windows = self.windows_per_epoch(self.sequence_length)
-            self._order = key, phase + self.sequence_length * random.permutation(windows)
-        return self._order[1]
+            places = np.arange(block * _BLOCK, min(windows, (block + 1) * _BLOCK))
+            self._block = key, phase + self.sequence_length * shuffled(places, windows, seed)
+        return self._block[1]
 
     def _data_identity(self) -> dict[str, int]:
         """What determines the order of the windows: a position means nothing with another."""
@@ -202,3 +218,24 @@ class EvalLoader:
                 tokens = self._tokens[start : start + self.sequence_length + 1]
                 batch[row, : len(tokens)] = tokens
             yield torch.from_numpy(batch)
+
+
+def shuffled(places: np.ndarray, size: int, seed: list[int]) -> np.ndarray:
+    """What a random permutation of `size` numbers has at `places` (n,): (n,) int64.
+
+    The permutation is never in memory: it is a Feistel network, a bijection of the numbers below a
+    power of 4, applied until the result is below `size` (Black and Rogaway, 2002).
+    """
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence(seed).generate_state(8, np.uint64)
+    result, left_over = places.astype(np.uint64), np.arange(len(places))
+    while len(left_over):
+        high, low = result[left_over] >> half, result[left_over] & mask
+        for key in keys:
+            mixed = (low ^ key) * np.uint64(0xBF58476D1CE4E5B9)  # as in splitmix64
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+            high, low = low, high ^ ((mixed >> np.uint64(32)) & mask)
+        result[left_over] = high << half | low
+        left_over = left_over[result[left_over] >= size]
+    return result.astype(np.int64)

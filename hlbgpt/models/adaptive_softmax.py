@@ -14,6 +14,7 @@ rare clusters.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,11 +143,11 @@ class AdaptiveSoftmax(nn.Module):
         first, *rare = self._heads()
         losses = first.losses(flat, torch.where(cluster > 0, self.edges[0] + cluster - 1, ranks))
         for number, (head, cutoff) in enumerate(zip(rare, self.edges, strict=False)):
-            index = self._select(cluster == number + 1, number)
+            index, slot = self._select(cluster == number + 1, number)
             valid = index < len(flat)  # False for unused capacity
-            index = index.clamp(max=len(flat) - 1)
-            wanted = torch.where(valid, ranks[index] - cutoff, IGNORE_INDEX)
-            losses = losses.index_add(0, index, head.losses(flat.index_select(0, index), wanted))
+            wanted = torch.where(valid, take(ranks, index) - cutoff, IGNORE_INDEX)
+            within = head.losses(_TakeRows.apply(flat, index, slot), wanted)
+            losses = losses + _TakeRows.apply(within, slot, index)
         return losses.view_as(targets)
 
     def _heads(self) -> list[LMHead]:
@@ -159,15 +160,18 @@ class AdaptiveSoftmax(nn.Module):
         """Ranks of `targets`, in which -1 stays -1."""
         return torch.where(targets >= 0, self.rank[targets.clamp(min=0)], IGNORE_INDEX)
 
-    def _select(self, wanted: Tensor, number: int) -> Tensor:
-        """Indices where `wanted` (N,) is True, cut or padded with N to the cluster's capacity."""
-        if self.capacity is None:
-            return wanted.nonzero()[:, 0]
-        size = int(self.capacity[number] * len(wanted))
+    def _select(self, wanted: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Choose the tokens where `wanted` (N,) is True, up to the cluster's capacity S.
+
+        Returns the index of the token in each slot (S,), N where a slot is empty, and the slot of
+        each token (N,), S where it has none.
+        """
+        tokens = torch.arange(len(wanted), device=wanted.device)
+        capacity = None if self.capacity is None else self.capacity[number]
+        size = int(wanted.sum()) if capacity is None else int(capacity * len(wanted))
         slot = (wanted.cumsum(0) - 1).clamp(max=size).where(wanted, size)
         index = torch.full((size + 1,), len(wanted), device=wanted.device)
-        index.scatter_(0, slot, torch.arange(len(wanted), device=wanted.device))
-        return index[:size]
+        return index.scatter(0, slot, tokens)[:size], slot
 
     def _token_scores(
         self, x: Tensor, targets: Tensor, pointer: PointerScores | None
@@ -189,3 +193,26 @@ class AdaptiveSoftmax(nn.Module):
             scores.append((losses, probs.gather(-1, index)[..., 0] == probs.amax(-1)))
         losses, correct = (torch.cat(parts, dim=1) for parts in zip(*scores, strict=True))
         return TokenScores(losses.where(targets >= 0, 0.0), correct & (targets >= 0))
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (S, ...) of `x` (N, ...) at `index` (S,), zeros where it is N."""
+    valid = (index < len(x)).view(-1, *[1] * (x.ndim - 1))
+    return x[index.clamp(max=len(x) - 1)].where(valid, 0)
+
+
+class _TakeRows(torch.autograd.Function):
+    """`take` of rows that are taken at most once.
+
+    So its gradient can be taken as well, by the inverse of the index (N,), which holds S for rows
+    that are not taken. Adding gradients up row by row would sort the index on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return take(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return take(grad, *ctx.saved_tensors), None, None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
 from hlbgpt.models.base import Network, require, require_not_negative, require_positive
-from hlbgpt.models.kv_cache import KVCache, causal_attention, with_previous
+from hlbgpt.models.kv_cache import KVCache, causal_attention, earlier
 from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
 
@@ -37,12 +37,14 @@ class FastGPT(Network):
     """A decoder that learns much from few tokens, at the learning rates of `MuonAdamW`.
 
     Args:
-        vocab_size: V, at least the tokenizer's; a multiple of 64 is faster on a GPU.
+        vocab_size: V, at least the tokenizer's. A GPU is faster if it, and with `cutoffs` the
+            number of classes of each cluster, is a multiple of 64.
         max_sequence_length: Longest sequence.
         width: D, of the residual stream.
         num_heads: H, attention heads of D / H each.
         num_blocks: Number of blocks, each attention and an MLP of width 4 D.
         cutoffs: Frequency ranks at which rare clusters of the LM head begin; [] for a full softmax.
+            With K of them, the first cluster has K more classes; see `vocab_size`.
         capacity: For each rare cluster the largest fraction of a batch's targets that a training
             step computes; see `AdaptiveSoftmax`.
         softcap: Limits logits to ± this with tanh; 0 for no limit.
@@ -149,7 +151,7 @@ class BigramEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
     def forward(self, tokens: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        previous = with_previous(tokens, 1, kv_cache, self)[:, :-1]
+        (previous,) = earlier(tokens, 1, kv_cache, self)
         return super().forward((previous * 1_000_003 + tokens * 8_191) % self.num_embeddings)
 
 
@@ -164,15 +166,16 @@ class Rotary(nn.Module):
         frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
         frequency = torch.cat([frequency, torch.zeros(head_dim // 2 - head_dim // 4)])
         angle = torch.outer(torch.arange(max_length), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        cos, sin = angle.cos(), angle.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1)[:, None], persistent=False)
+        self.register_buffer("sin", torch.cat([sin, -sin], dim=-1)[:, None], persistent=False)
 
     def forward(self, x: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        """Rotate queries or keys `x` (B, H, T, D / H)."""
-        index = slice(x.shape[-2]) if kv_cache is None else kv_cache.positions[:, None]
-        cos, sin = self.cos[index].to(x.dtype), self.sin[index].to(x.dtype)
+        """Rotate queries or keys `x` (B, T, H, D / H)."""
+        index = slice(x.shape[1]) if kv_cache is None else kv_cache.positions
+        cos, sin = self.cos[index].to(x.dtype), self.sin[index].to(x.dtype)  # (T, 1, D / H)
         left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
+        return x * cos + torch.cat([right, left], dim=-1) * sin
 
 
 class Block(nn.Module):
@@ -216,8 +219,7 @@ class TokenShift(nn.Module):
         self.two_back = nn.Parameter(torch.full((width,), 0.25))
 
     def forward(self, x: Tensor, kv_cache: KVCache | None = None) -> Tensor:  # (B, T, D)
-        states = with_previous(x, 2, kv_cache, self)  # (B, 2 + T, D)
-        one, two = states[:, 1:-1], states[:, :-2]
+        one, two = earlier(x, 2, kv_cache, self)
         return x + self.one_back.to(x.dtype) * one + self.two_back.to(x.dtype) * two
 
 
@@ -236,14 +238,17 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, ve: Tensor | None, rotary: Rotary, kv_cache: KVCache | None = None
     ) -> Tensor:
+        # Queries and keys from one product, (B, T, 2 H, D / H); Muon updates each matrix by itself.
+        qk = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight]))
+        qk = rotary(norm(qk.unflatten(-1, (2 * self.num_heads, -1))), kv_cache)
         v = self.v_proj(x)
         if ve is not None:
             v = v + ve
+        # Transposed last, so that the result of attention has the layout that o_proj reads.
         q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
-            for part in (self.q_proj(x), self.k_proj(x), v)
+            part.transpose(1, 2)  # (B, H, T, D / H)
+            for part in (*qk.chunk(2, dim=2), v.unflatten(-1, (self.num_heads, -1)))
         )
-        q, k = rotary(norm(q), kv_cache), rotary(norm(k), kv_cache)
         y = causal_attention(q, k, v, kv_cache, self)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 

@@ -4,10 +4,11 @@ What is unusual about it:
 - one LayerNorm and one projection per block give queries, keys and a GEGLU; a half of the GEGLU
   stays with its token, and the other half are the values of attention (nonlinear values)
 - a single attention head, with queries and keys of D / 8
-- no positions but a learned slope per block, which biases attention towards near tokens
+- no positions but a learned slope per block, which biases attention towards near tokens; the
+  bias is part of the queries and keys here, so that attention needs no (T, T) tensor
 - embedding gradients are divided by the token's count in the batch
 
-Shapes: B sequences, T tokens, L tokens including those in the KV cache, D width, V vocabulary.
+Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.base import Network, require, require_not_negative, require_positive
-from hlbgpt.models.kv_cache import KVCache, token_distance
+from hlbgpt.models.kv_cache import KVCache, causal_attention
 from hlbgpt.models.lm_head import LMHead, TokenScores
 
 
@@ -68,12 +69,14 @@ class HLB041(Network):
         per_token: bool = False,
         kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
-        if kv_cache is not None:
+        if kv_cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
             kv_cache.prepare(tokens)
-        distance = token_distance(tokens, kv_cache)
+            positions = kv_cache.positions
         x = self.embedding(tokens)  # (B, T, D)
         for block in self.blocks:
-            x = block(x, distance, kv_cache)
+            x = block(x, positions, kv_cache)
         if kv_cache is not None:
             x = kv_cache.advance(x)  # (B, 1, D)
         x = self.norm(x)
@@ -86,18 +89,46 @@ class LatentBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, bias=False)
         self.sizes = (width // 8, width // 8, 2 * width, 2 * width)
+        self.num_heads = _num_heads(width)
         self.up_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.down_proj = nn.Linear(2 * width, width, bias=False)
         self.slope = nn.Parameter(torch.ones(()))
         nn.init.normal_(self.up_proj.weight, std=0.25 / width**0.5)
         nn.init.normal_(self.down_proj.weight, std=0.5 / width**0.5 / num_blocks)
 
-    def forward(self, x: Tensor, distance: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         q, k, linear, gate = self.up_proj(self.norm(x)).split(self.sizes, dim=-1)
         local, v = (linear * F.gelu(gate)).chunk(2, dim=-1)  # (B, T, D) each
-        if kv_cache is not None:
-            k, v = kv_cache.append((self, "k"), k), kv_cache.append((self, "v"), v)  # (B, L, ...)
-        bias = F.softplus(self.slope) * distance
-        bias = bias.masked_fill(distance > 0, -torch.inf).to(q.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, T, D)
-        return x + self.down_proj(torch.cat([local, attended], dim=-1))
+        q, k = (
+            part[:, :, None].repeat(1, 1, self.num_heads, 1)  # (B, T, H, D / H)
+            for part in self._with_positions(q, k, positions)
+        )
+        v = v.unflatten(-1, (self.num_heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        attended = causal_attention(q, k, v, kv_cache, self, scale=self.sizes[0] ** -0.5)
+        local_and_attended = torch.cat([local, attended.transpose(1, 2).flatten(2)], dim=-1)
+        return x + self.down_proj(local_and_attended)
+
+    def _with_positions(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, T, D / H), padded, whose scores include the bias by distance.
+
+        The bias m (j - i) of query i and key j is the product of [m, -m i] and [j, 1]. Positions
+        are split into a multiple of 32 and the rest, both of which bfloat16 holds exactly.
+        """
+        parts = torch.stack([positions // 32, positions % 32], dim=-1).to(q.dtype)  # (..., T, 2)
+        m = F.softplus(self.slope) * self.sizes[0] ** 0.5  # attention divides by this root
+        m = torch.stack([32 * m, m]).to(q.dtype).expand_as(parts)
+        of_q = torch.cat([m, -m * parts], dim=-1).expand(*q.shape[:2], -1)
+        of_k = torch.cat([parts, torch.ones_like(parts)], dim=-1).expand(*k.shape[:2], -1)
+        zeros = q.new_zeros(*q.shape[:2], 8 * self.sizes[0] // self.num_heads - self.sizes[0] - 4)
+        return torch.cat([q, of_q, zeros], dim=-1), torch.cat([k, of_k, zeros], dim=-1)
+
+
+def _num_heads(width: int) -> int:
+    """H, the number of parts of the values, all with the same attention weights.
+
+    With queries and keys padded to the size of a part, hlb-gpt's one head of D / 8 by D can use the
+    fast kernels, which want one size of at most 256; 128 is their best.
+    """
+    least = max(width // 8 + 4, min(width, 128))
+    return max(n for n in range(1, width) if width % n == 0 and width // n >= least)

@@ -88,28 +88,37 @@ class KVCache:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_cache: KVCache | None = None, key: Hashable = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: KVCache | None = None,
+    key: Hashable = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention (B, H, T, d) of H heads, with a `kv_cache` also to cached tokens.
 
-    `key` identifies the layer.
+    `key` identifies the layer. Scores are multiplied by `scale`, by default 1 / sqrt(d).
     """
     if kv_cache is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     k, v = (
         kv_cache.append((key, name), part.transpose(1, 2)).transpose(1, 2)
         for name, part in (("k", k), ("v", v))
     )
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=kv_cache.mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kv_cache.mask, scale=scale)
 
 
-def with_previous(
+def earlier(
     x: Tensor, count: int, kv_cache: KVCache | None = None, key: Hashable = None
-) -> Tensor:
-    """States `x` (B, T, ...) after the `count` before them, zeros at first: (B, count + T, ...)."""
+) -> list[Tensor]:
+    """States `x` (B, T, ...) of 1 to `count` tokens before each, zeros before the first."""
+    length, rest = x.shape[1], [0, 0] * (x.ndim - 2)
     if kv_cache is None:
-        return torch.cat([x.new_zeros(len(x), count, *x.shape[2:]), x], dim=1)
-    return kv_cache.shift(key, x, count)
+        kept = (max(0, length - back) for back in range(1, count + 1))
+        # torch.compile fuses `pad` with what follows, and stores the result of `cat`.
+        return [F.pad(x[:, :part], (*rest, length - part, 0)) for part in kept]
+    states = kv_cache.shift(key, x, count)  # (B, count + T, ...)
+    return [states[:, count - back :][:, :length] for back in range(1, count + 1)]
 
 
 def token_distance(tokens: Tensor, kv_cache: KVCache | None = None) -> Tensor:

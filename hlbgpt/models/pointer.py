@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.base import require_not_negative
-from hlbgpt.models.kv_cache import KVCache, token_distance, with_previous
+from hlbgpt.models.kv_cache import KVCache, earlier, token_distance
 
 _MASKED = -1e4  # score of probability 0; an infinity would turn gradients into NaN
 
@@ -90,15 +90,16 @@ class Pointer(nn.Module):
         q, vocab, bonus = self.q_proj(x).float().split([k.shape[-1], 1, ngrams], dim=-1)
         q, vocab = (q + self.q_bias).to(k.dtype), vocab + self.vocab_score
         distance = token_distance(tokens, kv_cache)
-        recent = with_previous(tokens, ngrams, kv_cache, (self, "recent"))  # (B, ngrams + T)
+        latest = [tokens, *earlier(tokens, ngrams, kv_cache, (self, "latest"))]  # (B, T) each
         if kv_cache is not None:
             k, tokens = kv_cache.append((self, "k"), k), kv_cache.append((self, "tokens"), tokens)
-        scores = (q @ k.mT).float() / k.shape[-1] ** 0.5 + self.log_decay.exp() * distance
+        # Expanded to rows, so that its gradient is summed over each row as it is computed.
+        decay = self.log_decay.exp().expand(*x.shape[:2], 1)
+        scores = (q @ k.mT).float() / k.shape[-1] ** 0.5 + decay * distance
         matches = distance <= 0  # that the last tokens before a candidate equal the latest ones
         for back, learned in enumerate(self.bonus):
             preceding = F.pad(tokens, (back + 1, 0), value=-1)[:, : tokens.shape[1]]  # (B, L)
-            latest = recent[:, ngrams - back :][:, : x.shape[1]]  # (B, T)
-            matches = matches & (preceding[:, None] == latest[..., None])  # (B, T, L)
+            matches = matches & (preceding[:, None] == latest[back][..., None])  # (B, T, L)
             scores = scores + (learned + bonus[..., back, None]) * matches
         scores = scores.where(distance <= 0, _MASKED)
         total = torch.logaddexp(vocab, scores.logsumexp(-1, keepdim=True))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from hlbgpt.optim.parameter_groups import RULES
 
@@ -20,17 +19,48 @@ def newton_schulz(
     """Approximate the nearest semi-orthogonal matrices, (M, R, C), by Newton-Schulz iteration.
 
     The coefficients are those of Keller Jordan's Muon. They bring singular values to between about
-    0.7 and 1.2, which is enough for an update and takes few matrix products in bf16.
+    0.7 and 1.2, which is enough for an update and takes few matrix products in bf16. It is fastest
+    with R <= C. Rows of zeros stay zero and change nothing else.
     """
+    # An iteration makes aX + bAX + cA²X with A = XXᵀ, which is kX + c(A + sI)²X: two products and
+    # one in place, since adding to a product out of place copies it first.
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    # Products of matrices that are not contiguous take twice as long.
-    x = (matrices.mT if tall else matrices).to(dtype).contiguous()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    s, k = b / (2 * c), a - b**2 / (4 * c)
+    norms = matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7
+    x = torch.div(matrices, norms, out=torch.empty_like(matrices, dtype=dtype))
+    shift = x.new_zeros(*x.shape[:-1], x.shape[-2])  # sI
+    shift.diagonal(dim1=-2, dim2=-1).fill_(s)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        shifted = shift.clone().baddbmm_(x, x.mT)
+        x.baddbmm_(shifted, shifted @ x, beta=k, alpha=c)
+    return x
+
+
+def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+    """`newton_schulz` of matrices (R, C) of any shapes, in as few kernels as possible.
+
+    Matrices whose longer sides are equal make one batch: tall ones are transposed, and short ones
+    filled up with rows of zeros.
+    """
+    results = list(matrices)
+    batches: dict[int, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        batches.setdefault(max(matrix.shape), []).append(i)
+    for columns, batch in batches.items():
+        wide = [i for i in batch if matrices[i].shape[1] == columns]
+        tall = [i for i in batch if matrices[i].shape[1] < columns]
+        rows = max(min(matrices[i].shape) for i in batch)
+        parts = []
+        for matrix in [*(matrices[i] for i in wide), *(matrices[i].mT for i in tall)]:
+            parts.append(matrix)
+            if len(matrix) < rows:
+                parts.append(matrix.new_zeros(rows - len(matrix), columns))
+        done = newton_schulz(torch.cat(parts).view(len(batch), rows, columns))
+        for members, result in ((wide, done[: len(wide)]), (tall, done[len(wide) :].mT)):
+            full = result.to(parts[0].dtype, memory_format=torch.contiguous_format)
+            for i, matrix in zip(members, full, strict=True):
+                results[i] = matrix[: matrices[i].shape[0], : matrices[i].shape[1]]
+    return results
 
 
 def muon_update(
@@ -42,19 +72,21 @@ def muon_update(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """Update M matrices (R, C) in place by a step of Muon (github.com/KellerJordan/Muon).
+    """Update matrices (R, C) of any shapes in place by a step of Muon.
 
     `momenta` are running means of the gradients, updated in place. The update looks ahead, as
-    Nesterov's does, and the weight decay is decoupled.
+    Nesterov's does, and the weight decay is decoupled. Source: github.com/KellerJordan/Muon.
     """
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-    updates = newton_schulz(torch.stack(torch._foreach_lerp(gradients, momenta, momentum)))
-    updates = updates.to(matrices[0].dtype)
+    updates = orthogonalize(list(torch._foreach_lerp(gradients, momenta, momentum)))
     if weight_decay:
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-    rows, columns = matrices[0].shape
-    scale = max(1.0, rows / columns) ** 0.5
-    torch._foreach_add_(matrices, list(updates.unbind()), alpha=-lr * scale)
+    by_scale: dict[float, list[int]] = {}
+    for i, (rows, columns) in enumerate(matrix.shape for matrix in matrices):
+        by_scale.setdefault(max(1.0, rows / columns) ** 0.5, []).append(i)
+    for scale, members in by_scale.items():
+        chosen, steps = ([every[i] for i in members] for every in (matrices, updates))
+        torch._foreach_add_(chosen, steps, alpha=-lr * scale)
 
 
 class MuonAdamW(Optimizer):
@@ -112,35 +144,36 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self._muon if group["method"] == "muon" else self._adamw)(group, params)
+        active = [
+            (group, params)
+            for group in self.param_groups
+            if (params := [p for p in group["params"] if p.grad is not None])
+        ]
+        adamw = [params for group, params in active if group["method"] == "adamw"]
+        if steps := [step for params in adamw for step in self._buffers(params, "step")]:
+            torch._foreach_add_(steps, 1)  # those of all groups in one kernel
+        for group, params in active:
+            (self._muon if group["method"] == "muon" else self._adamw)(group, params)
         return loss
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for param in params:
-            by_shape.setdefault(param.shape, []).append(param)
-        for matrices in by_shape.values():
-            muon_update(
-                matrices,
-                _gradients(matrices),
-                self._buffers(matrices, "momentum_buffer"),
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-            )
+        muon_update(
+            params,
+            _gradients(params),
+            self._buffers(params, "momentum_buffer"),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+        )
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        adamw(
+        torch._fused_adamw_(
             params,
             _gradients(params),
             self._buffers(params, "exp_avg"),
             self._buffers(params, "exp_avg_sq"),
             [],
             self._buffers(params, "step"),
-            fused=True,
             amsgrad=False,
             maximize=False,
             beta1=group["betas"][0],

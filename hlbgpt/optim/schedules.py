@@ -194,7 +194,8 @@ def hlb041_micro_batches(
     """Update hlb-gpt 0.4.1's number of micro-batches, a real number, from the gradient norm.
 
     The number grows while the norm is above the expected one, a power law of the steps that was
-    fitted to networks of different sizes, and shrinks while it is below.
+    fitted to networks of different sizes, and shrinks while it is below. Unlike in hlb-gpt, it
+    grows to at most four times itself at once, or one huge gradient would make a step endless.
 
     Args:
         estimate: The number before.
@@ -205,4 +206,5 @@ def hlb041_micro_batches(
     """
     size = math.log(parameters)
     expected = (parameters * size * (step + 0.01)) ** (-0.677 * size**-0.2)
-    return max(0.1, estimate * (1 + rate * (grad_norm / parameters**0.5 / expected - 1)))
+    growth = 1 + rate * (grad_norm / parameters**0.5 / expected - 1)
+    return max(0.1, estimate * min(4.0, growth))

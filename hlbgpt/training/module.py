@@ -91,7 +91,8 @@ class LanguageModule(step.MicroBatchedModule):
     def configure_model(self) -> None:
         """Compile in place, which leaves the names in checkpoints as they are."""
         if self.compile_net and not self.trainer.predicting:
-            compilation.compile_in_place(self.net, self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            compilation.compile_in_place(self.net, device, self.data.cache_dir)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build_optimizer(self.net, self.optimizer, self.lr_scheduler)
@@ -113,13 +114,14 @@ class LanguageModule(step.MicroBatchedModule):
             self.compile_seconds += compilation.warm_up(
                 self.net, train_shapes=train, eval_shape=evaluation, device=self.device
             )
+        self.compile_seconds += compilation.warm_up_optimizer(self.trainer.optimizers[0])
 
     def on_train_start(self) -> None:
         if self._resume_state is not None:
             self._resume(self._resume_state)
         elif self.net.needs_token_counts:
             # On the clock, as all that is learned or counted from the training text.
-            self.net.init_from_token_counts(self.data.token_counts().to(self.device))
+            self.net.init_from_token_counts(self.train_loader.token_counts(self.data.vocab_size))
         self.throughput.begin()
 
     # --- training; the step itself is in step.py ----------------------------------------------
