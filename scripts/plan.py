@@ -1,4 +1,4 @@
-"""Print what a run will need: parameters, steps, tokens, FLOPs, memory and a range of times.
+"""Print what a run will need: steps, matrix products, memory traffic, memory and times.
 
     python scripts/plan.py --config configs/speedrun.yaml --gpu A100
 
@@ -8,32 +8,45 @@ Takes the arguments of `hlbgpt fit`. Trains nothing, downloads nothing and needs
 import argparse
 from math import prod
 
-from hlbgpt.planning import AUTO_TOKENS, Plan, plan_run
+from hlbgpt.planning import AUTO_TOKENS, BANDWIDTH, PRODUCTS, Plan, plan_run
 from hlbgpt.utils.hardware import GPU, GPUS, gpu_named, gpu_names
 
+PEAK, RATE = (" to ".join(f"{part:.0%}" for part in each) for each in (PRODUCTS, BANDWIDTH))
 ASSUMPTIONS = f"""
-Nothing here is measured. Times: 50% to 15% of a GPU's 16-bit peak, without compilation and
-validation. Memory: without torch.compile. The plan is for one device, ignores callbacks that change
-the shapes of steps, and takes `micro_batch_tokens: auto` as {AUTO_TOKENS:,}."""
+Nothing here is measured. Products (of matrices, and attention) and memory traffic are counted from
+the operations that a CPU would run, and their times add up. Assumed: {PEAK} of a GPU's peak,
+{RATE} of its bandwidth (data sheets), and with `model.compile` fused elementwise operations.
+The times leave out compilation, validation, data and waits for the CPU. Memory: without
+torch.compile. The plan is for one device, ignores callbacks that change the shapes of steps, and
+takes `micro_batch_tokens: auto` as {AUTO_TOKENS:,}."""
 
 
 def report(plan: Plan, gpus: list[GPU]) -> str:
     """The plan as text, with times on `gpus`."""
-    parameters = sum(parameter.numel() for parameter in plan.net.parameters())
-    lines = [f"{plan.name}: {type(plan.net).__name__}, {parameters:,} parameters"]
-    lines += [f"{sum(plan.steps.values()):,} steps, {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs"]
-    lines += [f"\n{'length x windows x micro-batches':<34}{'steps':>9}{'tokens':>15}"]
+    parameters, work = sum(parameter.numel() for parameter in plan.net.parameters()), plan.work
+    lines = [
+        f"{plan.name}: {type(plan.net).__name__}, {parameters:,} parameters",
+        f"{sum(plan.steps.values()):,} steps, {plan.tokens:,} tokens",
+        f"products: {work.flops:.3g} FLOPs of 16-bit numbers, {work.fp32_flops:.3g} of fp32",
+        f"traffic: {work.fused:.3g} bytes with fused operations, {work.unfused:.3g} without",
+        f"\n{'length x windows x micro-batches':<34}{'steps':>9}{'tokens':>15}",
+    ]
     for shape, steps in plan.steps.items():
         text = " x ".join(f"{size:,}" for size in shape)
         lines.append(f"{text:<34}{steps:>9,}{prod(shape) * steps:>15,}")
     memory = {**plan.memory, "total": sum(plan.memory.values())}
     lines += ["\nmemory in GB", *(f"{name:<18}{memory[name] / 1e9:>8.3f}" for name in memory)]
-    lines += [f"\n{'GPU':<16}{'training seconds':>18}  memory"]
+    lines += [f"\n{'GPU':<15}{'training seconds':>17}{'products':>15}{'traffic':>15}  memory"]
     for gpu in gpus:
-        times = " to ".join(f"{plan.flops / gpu.flops / mfu:,.0f}" for mfu in (0.5, 0.15))
+        times = (" to ".join(map(_rounded, pair)) for pair in plan.seconds(gpu).values())
         fits = "fits" if memory["total"] < gpu.memory else "does not fit"
-        lines.append(f"{gpu.name:<16}{times:>18}  {gpu.memory / 1e9:.0f} GB, {fits}")
+        row = "{:<15}{:>17}{:>15}{:>15}".format(gpu.name, *times)
+        lines.append(f"{row}  {gpu.memory / 1e9:.0f} GB, {fits}")
     return "\n".join([*lines, ASSUMPTIONS])
+
+
+def _rounded(seconds: float) -> str:
+    return f"{float(f'{seconds:.2g}'):,g}"  # two digits: it is an estimate
 
 
 def main() -> None:

@@ -15,10 +15,20 @@ from hlbgpt.cli.main import Built, build
 from hlbgpt.models import AdaptiveSoftmax, Network
 from hlbgpt.optim import parameter_groups
 from hlbgpt.optim.schedules import plan_steps
+from hlbgpt.planning.counts import Work, WorkCounter
 from hlbgpt.training.checks import require_context
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.hardware import GPU
 
 AUTO_TOKENS = 16384  # stands for `schedule.micro_batch_tokens: auto`
+# Parts of a GPU's peak in a fast and in a slow run: large products reach the first, those of narrow
+# layers and attention rather the second.
+PRODUCTS = (0.65, 0.40)
+# Parts of its bandwidth: a plain copy reaches the first, kernels with reductions or casts less.
+BANDWIDTH = (0.85, 0.70)
+# Part of the traffic saved by fusing that a slow run has nevertheless: compilers cut some chains,
+# for example where reductions run over different dimensions.
+NOT_FUSED = 0.1
 _AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -38,16 +48,27 @@ class Plan:
     net: Network
     steps: dict[Shape, int]  # number of steps of each shape
     memory: dict[str, int]  # bytes, by what takes them
+    work: Work  # of all steps
+    compiled: bool
 
     @property
     def tokens(self) -> int:
         return sum(prod(shape) * steps for shape, steps in self.steps.items())
 
-    @property
-    def flops(self) -> float:
-        """FLOPs of all steps, counted as by `Network.flops_per_token`."""
-        flops = self.net.flops_per_token
-        return sum(prod(s) * steps * flops(s.sequence_length) for s, steps in self.steps.items())
+    def seconds(self, gpu: GPU) -> dict[str, tuple[float, float]]:
+        """Seconds of a fast and of a slow run: of products, of traffic, and of both in turn."""
+        work = self.work
+        products = work.flops / gpu.flops + work.fp32_flops / gpu.fp32_flops
+        fewest = work.fused if self.compiled else work.unfused
+        most = fewest + NOT_FUSED * (work.unfused - fewest)
+        pairs = zip(PRODUCTS, (fewest, most), BANDWIDTH, strict=True)
+        times = [(products / rate, moved / gpu.bandwidth / part) for rate, moved, part in pairs]
+        (fast, fast_moves), (slow, slow_moves) = times
+        return {
+            "training seconds": (fast + fast_moves, slow + slow_moves),
+            "products": (fast, slow),
+            "traffic": (fast_moves, slow_moves),
+        }
 
 
 def plan_run(words: list[str]) -> Plan:
@@ -56,10 +77,9 @@ def plan_run(words: list[str]) -> Plan:
     steps = _steps(built)
     longest = max(shape.sequence_length for shape in steps)
     require_context(built.net, longest, "data.sequence_length or schedule.table sequence_length")
-    largest = max(steps, key=lambda shape: (prod(shape[:2]), shape.sequence_length))
     autocast = _AUTOCAST.get(str(built.config.trainer.precision).removesuffix("-mixed"))
-    memory = plan_memory(built.net, built.optimizer, largest, autocast)
-    return Plan(built.name, built.net, steps, memory)
+    memory, work = measure(built.net, built.optimizer, steps, autocast)
+    return Plan(built.name, built.net, steps, memory, work, built.config.model.compile)
 
 
 def _steps(built: Built) -> dict[Shape, int]:
@@ -78,40 +98,59 @@ def _steps(built: Built) -> dict[Shape, int]:
     return {shape: min(ends)}
 
 
-def plan_memory(
-    net: Network, optimizer: Callable[[Any], Optimizer], shape: Shape, autocast: torch.dtype | None
-) -> dict[str, int]:
-    """Bytes that a training step takes without torch.compile.
+def measure(
+    net: Network,
+    optimizer: Callable[[Any], Optimizer],
+    steps: dict[Shape, int],
+    autocast: torch.dtype | None,
+) -> tuple[dict[str, int], Work]:
+    """Bytes that a training step takes without torch.compile, and the work of all `steps`.
 
     Runs on fake tensors, which have shapes but no memory, and leaves them in `net`.
     """
     for module in net.modules():  # the default capacity depends on the values of a batch
         if isinstance(module, AdaptiveSoftmax) and module.capacity is None:
             module.capacity = module.expected_capacity()
-    saved: dict[int, Any] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu")  # the meta device has no autocast
+        each = {shape: _micro_batch(net, shape, autocast) for shape in steps}
+        built = optimizer(parameter_groups(net))
+        with WorkCounter() as counter:
+            built.step()
+    state = [value for values in built.state.values() for value in values.values()]
+    memory = {
+        "weights": sum(tensor.nbytes for tensor in [*net.parameters(), *net.buffers()]),
+        "gradients": sum(parameter.nbytes for parameter in net.parameters()),
+        "optimizer state": sum(value.nbytes for value in state if isinstance(value, Tensor)),
+        "activations": max(activations for activations, _ in each.values()),
+    }
+    # Reads gradients; reads and writes weights and state: 28 bytes a parameter for fused AdamW.
+    moved = 3 * memory["gradients"] + 2 * memory["optimizer state"]
+    update = counter.work._replace(fused=moved, unfused=moved)
+    accumulation = Work(fused=3 * memory["gradients"], unfused=3 * memory["gradients"])
+    parts = [(n * shape.micro_batches, each[shape][1]) for shape, n in steps.items()]
+    parts += [(n * (shape.micro_batches - 1), accumulation) for shape, n in steps.items()]
+    return memory, Work.total([*parts, (sum(steps.values()), update)])
+
+
+def _micro_batch(net: Network, shape: Shape, autocast: torch.dtype | None) -> tuple[int, Work]:
+    """Bytes that are saved for the backward pass of a micro-batch, and its work."""
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net.to_empty(device="cpu")  # the meta device has no autocast
-        tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
+    net.zero_grad(set_to_none=True)
+    tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
+    with WorkCounter() as counter:
         with (
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
         ):
             loss = net(tokens[:, :-1], tokens[:, 1:])
-        for tensor in [*net.parameters(), *net.buffers()]:
-            saved.pop(tensor.untyped_storage()._cdata, None)
-        activations = sum(storage.nbytes() for storage in saved.values())
+        counter.backward = True
         loss.backward()
-        built = optimizer(parameter_groups(net))
-        built.step()
-    state = [value for values in built.state.values() for value in values.values()]
-    return {
-        "weights": sum(tensor.nbytes for tensor in [*net.parameters(), *net.buffers()]),
-        "gradients": sum(parameter.nbytes for parameter in net.parameters()),
-        "optimizer state": sum(value.nbytes for value in state if isinstance(value, Tensor)),
-        "activations": activations,  # saved for the backward pass
-    }
+    for tensor in [*net.parameters(), *net.buffers()]:
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in saved.values()), counter.work

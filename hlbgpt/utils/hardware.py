@@ -17,6 +17,8 @@ class GPU(NamedTuple):
     name: str  # for `scripts/plan.py --gpu`
     pattern: str  # regular expression for its whole device name, without the maker
     flops: float  # peak of dense bf16 matrix products accumulated in fp32, FLOP/s
+    fp32_flops: float  # peak of fp32 products without TF32, FLOP/s
+    bandwidth: float  # of its memory, bytes/s
     memory: float  # bytes
 
 
@@ -24,16 +26,16 @@ class GPU(NamedTuple):
 # and the GA102 and Ada whitepapers for RTX 3090 and 4090. The T4 has no bf16; its figure is fp16.
 # Patterns fit whole names because a laptop's 4090, an H100 NVL or a MIG slice is another GPU.
 GPUS = (
-    GPU("A100", r"A100-(SXM4|PCIE)-40GB", 312e12, 40e9),
-    GPU("A100-80GB", r"A100-SXM4-80GB", 312e12, 80e9),
-    GPU("A100-80GB-PCIe", r"A100 80GB PCIe", 312e12, 80e9),
-    GPU("H100-SXM", r"H100 80GB HBM3", 989.4e12, 80e9),
-    GPU("H100-PCIe", r"H100 PCIe", 756e12, 80e9),
-    GPU("H200", r"H200", 989.4e12, 141e9),
-    GPU("L4", r"L4", 121e12, 24e9),
-    GPU("RTX4090", r"GeForce RTX 4090", 165.2e12, 24e9),
-    GPU("RTX3090", r"GeForce RTX 3090", 71e12, 24e9),
-    GPU("T4", r"T4", 65e12, 16e9),
+    GPU("A100", r"A100-(SXM4|PCIE)-40GB", 312e12, 19.5e12, 1.555e12, 40e9),
+    GPU("A100-80GB", r"A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9),
+    GPU("A100-80GB-PCIe", r"A100 80GB PCIe", 312e12, 19.5e12, 1.935e12, 80e9),
+    GPU("H100-SXM", r"H100 80GB HBM3", 989.4e12, 67e12, 3.35e12, 80e9),
+    GPU("H100-PCIe", r"H100 PCIe", 756e12, 51e12, 2.0e12, 80e9),
+    GPU("H200", r"H200", 989.4e12, 67e12, 4.8e12, 141e9),
+    GPU("L4", r"L4", 121e12, 30.3e12, 300e9, 24e9),
+    GPU("RTX4090", r"GeForce RTX 4090", 165.2e12, 82.6e12, 1008e9, 24e9),
+    GPU("RTX3090", r"GeForce RTX 3090", 71e12, 35.6e12, 936e9, 24e9),
+    GPU("T4", r"T4", 65e12, 8.1e12, 320e9, 16e9),
 )
 
 
