@@ -172,6 +172,18 @@ def test_products_of_muon() -> None:
     assert update("muon") - update("adamw") == expected > 0
 
 
+@pytest.mark.parametrize(
+    ("precision", "fp32"), [("bf16-mixed", False), ("bf16-true", False), ("32-true", True)]
+)
+def test_products_have_the_precision_of_the_trainer(precision: str, fp32: bool) -> None:
+    words = ["--config", str(CONFIGS / "quickstart.yaml"), f"--trainer.precision={precision}"]
+    plan = plan_run(words)
+    assert bool(plan.work.fp32_flops) == fp32
+    assert bool(plan.work.flops) != fp32
+    parameters = sum(parameter.numel() for parameter in plan.net.parameters())
+    assert plan.memory["gradients"] == (2 if precision == "bf16-true" else 4) * parameters
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_a_plan(config: Path, plan) -> None:
     assert plan("--config", str(config), "--gpu", "H200").startswith(f"{config.stem}: ")

@@ -29,7 +29,7 @@ BANDWIDTH = (0.85, 0.70)
 # Part of the traffic saved by fusing that a slow run has nevertheless: compilers cut some chains,
 # for example where reductions run over different dimensions.
 NOT_FUSED = 0.1
-_AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class Shape(NamedTuple):
@@ -77,7 +77,11 @@ def plan_run(words: list[str]) -> Plan:
     steps = _steps(built)
     longest = max(shape.sequence_length for shape in steps)
     require_context(built.net, longest, "data.sequence_length or schedule.table sequence_length")
-    autocast = _AUTOCAST.get(str(built.config.trainer.precision).removesuffix("-mixed"))
+    precision, _, kind = str(built.config.trainer.precision).partition("-")
+    dtype = _DTYPES.get(precision)
+    if dtype and kind == "true":
+        built.net.to(dtype)
+    autocast = None if kind == "true" else dtype
     memory, work = measure(built.net, built.optimizer, steps, autocast)
     return Plan(built.name, built.net, steps, memory, work, built.config.model.compile)
 
