@@ -13,6 +13,7 @@ are in OUT/results.md and OUT/results.json. The exit code is 1 if a run failed.
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -134,11 +135,20 @@ def make_jobs(options: argparse.Namespace, common: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def launch(words: list[str], log: Path) -> int:
-    """Run `hlbgpt` in its own process; an interrupt stops it gracefully. Returns the exit code."""
+def launch(
+    words: list[str],
+    log: Path,
+    *,
+    program: Sequence[str] = ("-m", "hlbgpt"),
+    environment: dict[str, str] | None = None,
+) -> int:
+    """Run a program in its own process; an interrupt stops it gracefully. Returns the exit code.
+
+    `program` is what Python runs, `environment` is added to that of this process.
+    """
     with log.open("ab") as file:
-        command = [sys.executable, "-m", "hlbgpt", *words]
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        command, env = [sys.executable, *program, *words], os.environ | (environment or {})
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
         try:
             return child.wait()
         except BaseException:

@@ -1,6 +1,9 @@
 """A small network, its data and a trainer, without the command line."""
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +86,27 @@ class SaveAfter(LastCheckpoint):
 
 def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
+
+
+def forked(main: Callable[[list[str]], int | None], words: list[str], log: Path) -> int:
+    """Run a command line in a fork of this process and add what it prints to `log`.
+
+    Returns the exit code. Unlike a new process, a fork need not import torch.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            sys.argv = ["hlbgpt"]
+            code = main(words) or 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

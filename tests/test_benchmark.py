@@ -1,12 +1,11 @@
 """The benchmark does each run once, resumes what was interrupted, and shows every failure."""
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 from conftest import CONFIGS, QUICKSTART, TINY
 
@@ -21,24 +20,7 @@ WIDE = "more windows: --data.micro_batch_size=8"
 
 def forked(words: list[str], log: Path) -> int:
     """Replaces `launch`: forks this process, so that a run need not import torch again."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            file = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            sys.argv = ["hlbgpt"]
-            hlbgpt(words)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return helpers.forked(hlbgpt, words, log)
 
 
 def interrupted(words: list[str], log: Path) -> int:

@@ -22,6 +22,14 @@ SETUP = [line for line in COMMANDS if "venv" in line]
 FEWER = {
     "tests/crash_test.py": ["--kills", "1", "--steps", "8"],
     "scripts/benchmark.py": ["--seeds", "1", "--"],
+    "scripts/gpu_report.py": [
+        "--device",
+        "cpu",
+        "--only",
+        "hardware",
+        "--config",
+        "configs/quickstart.yaml",
+    ],
 }
 
 
