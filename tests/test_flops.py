@@ -44,7 +44,10 @@ def counted(net: Network) -> float:
 )
 def test_flops_are_those_that_torch_counts(net, chunk: int) -> None:
     network = net(chunk)
-    assert network.flops_per_token(T) == pytest.approx(counted(network), rel=1e-6)
+    padding = 0  # of queries and keys from 2 to 16, no work of the network
+    if isinstance(network, HLB041):
+        padding = 3 * len(network.blocks) * 2 * T * (16 - 2)
+    assert network.flops_per_token(T) + padding == pytest.approx(counted(network), rel=1e-6)
 
 
 def test_rare_clusters_count_with_their_probability() -> None:

@@ -287,6 +287,8 @@ def test_rows_of_rare_clusters_get_the_gradients_of_indexing(capacity: list[floa
         head(x, targets).backward()
     assert torch.equal(ours[0], x.grad)
     assert torch.equal(ours[1], head.weight.grad)
+    common = torch.full((1, 16), 3)  # no target in a rare cluster
+    torch.testing.assert_close(head(x[:1], common), head(x[:1], common, per_token=True).loss.mean())
 
 
 @pytest.mark.parametrize(

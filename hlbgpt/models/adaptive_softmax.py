@@ -197,6 +197,8 @@ class AdaptiveSoftmax(nn.Module):
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows (S, ...) of `x` (N, ...) at `index` (S,), zeros where it is N."""
+    if len(x) == 0:
+        return x.new_zeros(len(index), *x.shape[1:])
     valid = (index < len(x)).view(-1, *[1] * (x.ndim - 1))
     return x[index.clamp(max=len(x) - 1)].where(valid, 0)
 
