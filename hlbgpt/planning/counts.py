@@ -114,7 +114,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-# The attention kernels of CPUs, for which torch has no formulas. Arguments are shapes (B, H, T, d).
+# Operations for which torch has no formulas; arguments are shapes. First Muon's products, then the
+# attention kernels of CPUs, (B, H, T, d).
+@register_flop_formula(_aten.baddbmm_)
+def _in_place_product_flops(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(a) * b[-1]
+
+
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
     return 4 * prod(q) * k[-2]
