@@ -120,9 +120,9 @@ def test_each_shape_of_a_schedule_is_compiled_once(
 ) -> None:
     """More shapes than torch compiles by default, static, also by a run resumed in the middle."""
     rows = [ScheduleRow(0, sequence_length=4, step_tokens=64, lr=1.0, validate_every=300)]
-    rows += [ScheduleRow(128 * i, sequence_length=4 + 2 * i) for i in range(1, 11)]
-    rows.append(ScheduleRow(1500, lr=0.5))
-    for steps, shapes in ((12, 11), (-1, 11)):
+    rows += [ScheduleRow(128 * i, sequence_length=4 + 2 * i) for i in range(1, 9)]
+    rows.append(ScheduleRow(1200, lr=0.5))
+    for steps in (12, -1):
         torch.compiler.reset()
         module, data = make(folder, tmp_path, optimizer=sgd(0.1), eval_batch_size=16)
         module.compile_net = True
@@ -136,9 +136,10 @@ def test_each_shape_of_a_schedule_is_compiled_once(
         graphs = count_graphs(module)
         last = tmp_path / "checkpoints" / "last.ckpt"
         run.fit(module, data, ckpt_path=last if steps == -1 else None)
-        assert graphs == [shapes + 1]  # and evaluation
-        assert counters["stats"]["unique_graphs"] == shapes + 1
-        assert len({step.sequence_length for step in schedule.steps}) == shapes
+        shapes = {step.sequence_length for step in schedule.steps}
+        assert len(shapes) == 9
+        assert graphs == [10]  # with that of evaluation
+        assert counters["stats"]["unique_graphs"] == 10
 
 
 @pytest.mark.parametrize("warm", [0, 2])

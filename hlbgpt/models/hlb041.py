@@ -113,7 +113,7 @@ class LatentBlock(nn.Module):
         """Queries and keys (B, T, D / H), padded, whose scores include the bias by distance.
 
         The bias m (j - i) of query i and key j is the product of [m, -m i] and [j, 1]. Positions
-        are split into a multiple of 32 and the rest, both of which bfloat16 holds exactly.
+        are split into a multiple of 32 and the rest, which bfloat16 holds exactly up to 8192.
         """
         parts = torch.stack([positions // 32, positions % 32], dim=-1).to(q.dtype)  # (..., T, 2)
         m = F.softplus(self.slope) * self.sizes[0] ** 0.5  # attention divides by this root

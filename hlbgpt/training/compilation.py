@@ -28,7 +28,7 @@ def compile_in_place(net: Network, device: torch.device, cache_dir: Path) -> Non
         torch.use_deterministic_algorithms(True)
         # Would cost time, and nothing here reads memory that it has not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Or nothing of a network with an autograd function of its own is kept but its kernels.
+    # By default, torch keeps no graph that has an autograd function of one's own.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     if net._compiled_call_impl is None:
         # With the second shape, the default would go over to slower kernels for any shape.
