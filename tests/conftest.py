@@ -10,6 +10,7 @@ import pytest
 import tiktoken
 import torch
 from hypothesis import settings
+from torch import nn
 
 from hlbgpt.cli.main import main
 
@@ -51,6 +52,12 @@ TABLE = (
     "--schedule.table=[{tokens: 0, sequence_length: 16, step_tokens: 128, validate_every: 256}, "
     "{tokens: 256, sequence_length: 32}, {tokens: 512, lr: 0.1}]"
 )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
 
 
 def fitting(config: Path, arguments: list[str]) -> list[str]:
@@ -119,6 +126,41 @@ def hlbgpt(
     for name, module in list(sys.modules.items()):  # so that the next test's `mine.py` is read
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture
+def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace and differentiate as torch.compile does, without generating code."""
+    compile_ = nn.Module.compile
+    quick = {"backend": "aot_eager"}
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **how: compile_(net, **(how | quick)))
+    torch.compiler.reset()
+
+
+# Instead of the two devices of `device`: where a CPU cannot do it, or takes long.
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+on_gpu = pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+slow_on_cpu = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), ON_GPU], indirect=True
+)
+
+
+@pytest.fixture(params=["cpu", ON_GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU, where compilation generates no code, and with `-m gpu` a GPU.
+
+    Nothing is compiled yet, and settings of other tests do not reach this one, nor the other way.
+    """
+    if request.param == "cpu":
+        request.getfixturevalue("quick_compile")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
+    yield torch.device(request.param)
+    torch.use_deterministic_algorithms(deterministic)
+    if request.param == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from hlbgpt.callbacks import LastCheckpoint
 from hlbgpt.data import TextFiles, TokenDataModule
-from hlbgpt.models import GPT
+from hlbgpt.models import GPT, Network
 from hlbgpt.training.module import LanguageModule
 
 
@@ -23,11 +23,17 @@ def small_gpt() -> GPT:
 
 
 def make(
-    folder: Path, cache: Path, *, optimizer: Any = None, lr_scheduler: Any = None, **data: Any
+    folder: Path,
+    cache: Path,
+    *,
+    net: Network | None = None,
+    optimizer: Any = None,
+    lr_scheduler: Any = None,
+    **data: Any,
 ) -> tuple[LanguageModule, TokenDataModule]:
     """A module with SGD that learns nothing, if no optimizer is given, and its datamodule."""
     optimizer = optimizer or (lambda groups: torch.optim.SGD(groups, lr=0.0))
-    module = LanguageModule(small_gpt(), optimizer, lr_scheduler, compile=False)
+    module = LanguageModule(net or small_gpt(), optimizer, lr_scheduler, compile=False)
     sizes = {"sequence_length": 32, "micro_batch_size": 4, "eval_sequence_length": 32}
     source = TextFiles(folder=str(folder))
     return module, TokenDataModule(source, "bytes", cache_dir=str(cache), **(sizes | data))
@@ -82,6 +88,22 @@ class SaveAfter(LastCheckpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.every_minutes = 1e-9 if trainer.global_step + 1 in self.steps else 1e9
+
+
+class At(L.Callback):
+    """Looks at something in a hook, and keeps what it found each time."""
+
+    def __init__(self, hook: str, look: Callable[..., Any]) -> None:
+        self.found: list[Any] = []
+        setattr(self, hook, lambda *arguments: self.found.append(look(*arguments)))
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor, least: float = 0.0) -> float:
+    """Norm of the difference, as a part of the norm of `exact`, or of `least` if that is more."""
+    ours, exact = ours.detach().cpu().double(), exact.detach().cpu().double()
+    size = max(exact.norm().item(), least)
+    assert size > 0, "nothing to compare with"
+    return (ours - exact).norm().item() / size
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""The three recipes, small: optimizer, schedule and callbacks of each."""
+"""The three recipes, small: optimizer, schedule, callbacks and network of each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 
 from hlbgpt.callbacks import (
     HLB010BatchSize,
@@ -12,6 +14,7 @@ from hlbgpt.callbacks import (
     SequenceLengthDoubling,
     TokenSchedule,
 )
+from hlbgpt.models import GPT, HLB041, FastGPT, Network
 from hlbgpt.optim import MuonAdamW
 from hlbgpt.optim.schedules import PowerLaw, ScheduleRow
 
@@ -40,7 +43,7 @@ def hlb041(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
         lambda optimizer: PowerLaw(optimizer, warmup_steps=4),
         [
             SequenceLengthDoubling(initial=8, every_n_steps=4),
-            HLB041BatchSize(rate=6.0, every_n_steps=2),
+            HLB041BatchSize(rate=20 * growth, every_n_steps=2),
             LossScaledWeightDecay(strength=16.0, base=7.0),
         ],
     )
@@ -55,3 +58,37 @@ def speedrun(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
 
 
 RECIPES = {"baseline": baseline, "hlb041": hlb041, "speedrun": speedrun}
+
+
+SMALL: dict[str, Any] = {"vocab_size": 512, "max_sequence_length": 128, "width": 64}
+# The network of each recipe, with all that its config switches on.
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "baseline": lambda: GPT(**SMALL, num_heads=2, num_blocks=2),
+    "hlb041": lambda: HLB041(**SMALL, num_blocks=2),
+    "speedrun": lambda: FastGPT(
+        **SMALL,
+        num_heads=2,
+        num_blocks=2,
+        cutoffs=[64, 160],
+        capacity=[0.5, 0.25],
+        value_embed_blocks=1,
+        bigram_buckets=512,
+        pointer_dim=16,
+    ),
+}
+
+
+def random_network(name: str, *, std: float = 0.2) -> Network:
+    """A network of `NETWORKS` with random weights, because many start as zero."""
+    torch.manual_seed(0)
+    net = NETWORKS[name]()
+    net.init_from_token_counts(torch.randint(1000, (256,)))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=std) if parameter.ndim else parameter.data.add_(std)
+    return net
+
+
+def kind_of(recipe: str, device: torch.device, **kind: Any) -> dict[str, Any]:
+    """Arguments of `test_resume.run` for the recipe's own network on `device`."""
+    where = {"accelerator": device.type, "precision": "bf16-mixed", "growth": 0.0}
+    return {"recipe": recipe, "build": NETWORKS[recipe], **where, **kind}

@@ -30,16 +30,6 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture
-def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace and differentiate as torch.compile does, without generating code."""
-    compile_ = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda net, **kw: compile_(net, backend="aot_eager", **kw)
-    )
-    torch.compiler.reset()
-
-
 def value(hlbgpt, tiny: list[str], compiled: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Record and checkpoint of a run of 30 steps."""
     small = [argument for argument in tiny if "compile" not in argument]

@@ -150,7 +150,7 @@ def reference(net: HLB041, tokens: Tensor) -> Tensor:
         slope = torch.log1p(block.slope.exp())
         rows = []
         for i in range(tokens.shape[1]):
-            near = torch.arange(i + 1)
+            near = torch.arange(i + 1, device=x.device)
             logits = (query[:, i : i + 1] * key[:, : i + 1]).sum(-1) / math.sqrt(width // 8)
             share = (logits + slope * (near - i)).softmax(-1)
             rows.append((share[..., None] * values[:, : i + 1]).sum(1))

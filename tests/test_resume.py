@@ -1,6 +1,7 @@
 """A run that is stopped and resumed ends as if it had never stopped."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from recipes import MAX_STEPS, RECIPES
 
 from hlbgpt.callbacks import LastCheckpoint, TimeToTarget
 from hlbgpt.data import TextFiles, TokenDataModule
-from hlbgpt.models import GPT
+from hlbgpt.models import GPT, Network
 from hlbgpt.runs import RunLogger, load_checkpoint
 from hlbgpt.runs.folder import last_checkpoint
 from hlbgpt.runs.logger import BY_TOKENS
@@ -29,8 +30,12 @@ class Noisy(GPT):
     def forward(self, tokens: Any, targets: Any = None, **how: Any) -> Any:
         if self.training:
             share = 0.05 * (1 + random.random() + np.random.rand())
-            tokens = torch.where(torch.rand(tokens.shape) < share, 0, tokens)
+            tokens = torch.where(torch.rand(tokens.shape, device=tokens.device) < share, 0, tokens)
         return super().forward(tokens, targets, **how)
+
+
+def noisy() -> Network:
+    return Noisy(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, num_blocks=2)
 
 
 class StopError(Exception):
@@ -71,13 +76,13 @@ def run(
     recipe: str = "baseline",
     micro_batches: int = 1,
     max_tokens: int | None = None,
+    build: Callable[[], Network] = noisy,
     **arguments: Any,
 ) -> tuple[L.Trainer, LanguageModule]:
     """Train a small network over three short epochs; 16 micro-batches an epoch."""
     L.seed_everything(5, verbose=False)
-    net = Noisy(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, num_blocks=2)
     optimizer, scheduler, grow = RECIPES[recipe](lr, growth)
-    module = LanguageModule(net, optimizer, scheduler, compile=compiled)
+    module = LanguageModule(build(), optimizer, scheduler, compile=compiled)
     data = TokenDataModule(
         TextFiles(folder=str(folder)),
         "bytes",
@@ -99,7 +104,7 @@ def run(
         "log_every_n_steps": 1,
         "precision": precision,
         "logger": logger,
-        "callbacks": [TimeToTarget(target=0.1, verbose=False), *grow, *callbacks],
+        "callbacks": [TimeToTarget(target=-1.0, verbose=False), *grow, *callbacks],
         "default_root_dir": place,
     }
     run = trainer(place, **(settings | arguments))

@@ -30,8 +30,6 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     """
     if device.type != "cuda":
         return min(most, max(_CPU_TOKENS, sequence_length))
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # Gradients, and two numbers per parameter in the optimizer.
     kept = 3 * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
 
@@ -46,6 +44,9 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
             return math.inf
         return torch.cuda.max_memory_allocated(device) - before
 
+    peak(1)  # the first products take memory for cuBLAS, which keeps it
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     windows = windows_that_fit(peak, (free + cached) * _USABLE - kept, most // sequence_length)
     torch.cuda.empty_cache()
     return windows * sequence_length

@@ -85,6 +85,8 @@ class LanguageModule(step.MicroBatchedModule):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
             strategy.checkpoint_io = AtomicCheckpointIO()
+        if self._fitting and strategy.root_device.type == "cuda":  # not those of an earlier run
+            torch.cuda.reset_peak_memory_stats(strategy.root_device)
         if strategy.root_device.type == "mps":  # has no double precision
             self.evaluation.set_dtype(torch.float32)
 
