@@ -45,9 +45,11 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
         return torch.cuda.max_memory_allocated(device) - before
 
     peak(1)  # the first products take memory for cuBLAS, which keeps it
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    windows = windows_that_fit(peak, (free + cached) * _USABLE - kept, most // sequence_length)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
+    room = min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    windows = windows_that_fit(peak, room * _USABLE - kept, most // sequence_length)
     torch.cuda.empty_cache()
     return windows * sequence_length
 
