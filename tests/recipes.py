@@ -74,6 +74,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         value_embed_blocks=1,
         bigram_buckets=512,
         pointer_dim=16,
+        fused_mlp=True,
     ),
 }
 

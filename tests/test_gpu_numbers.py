@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow_on_cpu
+from conftest import on_gpu, slow_on_cpu
 from helpers import error, make, trainer
 from recipes import NETWORKS, RECIPES, kind_of, random_network
 from test_networks import reference
@@ -104,6 +104,33 @@ def test_gradients_in_fp32_are_those_of_the_cpu(device: torch.device, name: str)
 
 
 # --- attention ------------------------------------------------------------------------------------
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [130, 4096])  # one is no multiple of a tile, nor is width 40
+@pytest.mark.parametrize("width", [40, 384])
+def test_fused_mlp_is_its_formula(device: torch.device, rows: int, width: int) -> None:
+    """At least as close to float64 as the plain MLP in bf16 is, forward and backward."""
+    from hlbgpt.models.fused_mlp import fused_mlp
+
+    def plain(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.relu(x @ up.T).square() @ down.T
+
+    torch.manual_seed(0)
+    made = [torch.randn(rows, width), torch.randn(4 * width, width), torch.randn(width, 4 * width)]
+    grad = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+
+    def results(mlp: Any, dtype: torch.dtype) -> list[Tensor]:
+        # Rounded to bf16 first, so that only what is computed differs.
+        ours = [part.to(device, torch.bfloat16).to(dtype).requires_grad_() for part in made]
+        y = mlp(*ours)
+        return [y, *torch.autograd.grad(y, ours, grad.to(dtype))]
+
+    exact = results(plain, torch.float64)
+    fused, unfused = (results(mlp, torch.bfloat16) for mlp in (fused_mlp, plain))
+    for mine, theirs, right in zip(fused, unfused, exact, strict=True):
+        assert error(mine, right) < 0.01
+        assert error(mine, right) < 1.2 * error(theirs, right)
 
 
 @pytest.mark.parametrize("length", [33, 128, 1024])

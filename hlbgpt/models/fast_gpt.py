@@ -27,6 +27,9 @@ from hlbgpt.models.kv_cache import KVCache, causal_attention, earlier
 from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
 
+if torch.cuda.is_available():  # or there may be no Triton
+    from hlbgpt.models.fused_mlp import fused_mlp
+
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without weights."""
@@ -53,6 +56,8 @@ class FastGPT(Network):
         token_shift: Whether attention reads each token mixed with the two before it.
         pointer_dim: Size of the pointer's queries and keys; 0 for no pointer.
         pointer_ngrams: Maximum number of matching tokens for which the pointer gives a bonus.
+        fused_mlp: Whether a compiled network in 16 bits on a GPU computes its MLPs by
+            `fused_mlp.py`, which moves fewer bytes.
         loss_chunk_tokens: Number of tokens whose logits exist in float32 at a time; 0 for all. It
             changes memory and speed, not the loss.
     """
@@ -75,6 +80,7 @@ class FastGPT(Network):
         token_shift: bool = True,
         pointer_dim: int = 0,
         pointer_ngrams: int = 2,
+        fused_mlp: bool = False,
         loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
@@ -97,7 +103,7 @@ class FastGPT(Network):
         self.rotary = Rotary(width // num_heads, max_sequence_length)
         first = num_blocks - value_embed_blocks
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, token_shift, vocab_size if i >= first else 0)
+            Block(width, num_heads, token_shift, vocab_size if i >= first else 0, fused_mlp)
             for i in range(num_blocks)
         )
         self.pointer = Pointer(width, pointer_dim, pointer_ngrams) if pointer_dim else None
@@ -180,7 +186,12 @@ class Rotary(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self, width: int, num_heads: int, token_shift: bool, value_embed_size: int
+        self,
+        width: int,
+        num_heads: int,
+        token_shift: bool,
+        value_embed_size: int,
+        fused_mlp: bool,
     ) -> None:
         super().__init__()
         # Separate scalars, because slices of one tensor have had wrong gradients when compiled.
@@ -190,7 +201,7 @@ class Block(nn.Module):
         self.attention = Attention(width, num_heads)
         self.value_embed = nn.Embedding(value_embed_size, width) if value_embed_size else None
         self.ve_lambda = nn.Parameter(torch.zeros(())) if value_embed_size else None
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, fused_mlp)
 
     def forward(
         self, x: Tensor, x0: Tensor, tokens: Tensor, rotary: Rotary, kv_cache: KVCache | None
@@ -254,12 +265,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, fused: bool) -> None:
         super().__init__()
         self.up_proj = nn.Linear(width, 4 * width, bias=False)
         self.down_proj = nn.Linear(4 * width, width, bias=False)
+        self.fused = fused
         nn.init.normal_(self.up_proj.weight, std=(0.33 / width) ** 0.5)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Compiled only: elsewhere a GPU needs no compiler, and here is what to compare with.
+        if self.fused and torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2:
+            return fused_mlp(x, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.relu(self.up_proj(x)).square())  # (B, T, D)
