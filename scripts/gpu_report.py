@@ -85,11 +85,11 @@ class Report:
     def fit_words(self, config: Path) -> list[str]:
         return ["--config", str(config), f"--trainer.accelerator={self.device}", *self.extra]
 
-    def measure(self, stage: str, config: Path) -> Job:
-        """A stage of gpu_measure.py."""
-        folder = self.out / stage / config.stem
-        words = [stage, "--out", str(folder), "--repeat", "5" if self.quick else "20", "--"]
-        return Job(folder, (os.path.relpath(MEASURE),), [*words, *self.fit_words(config)])
+    def measure(self, stage: str, config: Path, *words: str, variant: str = "") -> Job:
+        """A stage of gpu_measure.py, for a config or a variant of it by further words."""
+        folder = self.out / stage / f"{config.stem}{variant}"
+        own = [stage, "--out", str(folder), "--repeat", "5" if self.quick else "20", "--"]
+        return Job(folder, (os.path.relpath(MEASURE),), [*own, *self.fit_words(config), *words])
 
     def fit(self, folder: str, config: Path, *words: str, **environment: str) -> Job:
         """A run of `hlbgpt fit`, which keeps no checkpoints."""
@@ -97,6 +97,16 @@ class Report:
         own = ["--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={path}"]
         words = ("fit", *self.fit_words(config), *own, *words)
         return Job(path, ("-m", "hlbgpt"), list(words), environment)
+
+
+def steps(report: Report) -> Iterator[Job]:
+    """The recipe's steps, also without its own kernel if it has one, and the rival's."""
+    yield report.measure("steps", report.recipe)
+    built = build(report.fit_words(report.recipe), device="meta")
+    if built.config.model.net.init_args.get("fused_mlp"):
+        plain = "--model.net.init_args.fused_mlp=false"
+        yield report.measure("steps", report.recipe, plain, variant="_plain_mlp")
+    yield report.measure("steps", report.rival)
 
 
 def start(report: Report) -> Iterator[Job]:
@@ -137,7 +147,7 @@ def race(report: Report) -> Iterator[Job]:
 STAGES: dict[str, Callable[[Report], Iterable[Job]]] = {
     "hardware": lambda report: [report.measure("hardware", report.recipe)],
     "gradients": lambda report: [report.measure("gradients", report.recipe)],
-    "steps": lambda report: [report.measure("steps", c) for c in (report.recipe, report.rival)],
+    "steps": steps,
     "start": start,
     "speedruns": speedruns,
     "race": race,

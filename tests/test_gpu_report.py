@@ -84,7 +84,7 @@ def test_every_stage_is_in_the_report(done: tuple[int, Path, list[str]]) -> None
     assert sections == [*gpu_report.STAGES, "pictures"]
     assert "failed or was stopped" not in text
     assert "a reading, not a\nrecord" in text
-    assert text.count("\n$ python ") == 1 + 9  # the report's own command, and its processes
+    assert text.count("\n$ python ") == 1 + 10  # the report's own command, and its processes
     for picture in ("steps.png", "curves.png"):
         assert f"]({picture})" in text
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
@@ -104,6 +104,7 @@ def test_what_is_measured(done: tuple[int, Path, list[str]]) -> None:
     assert [row["windows x tokens"] for row in times] == shapes
     assert all(row["step ms"] > row["forward ms"] > 0 for row in times)
     assert len(kernels) == 2
+    assert len(tables(out, "steps", "speedrun_plain_mlp")) == 3
     times, _ = tables(out, "steps", "hlb041")
     assert [row["windows x tokens"] for row in times] == [[4, 32]]
 
@@ -127,7 +128,7 @@ def test_what_is_done_is_kept(
     monkeypatch.setattr(gpu_report, "launch", never)
     (out / "report.md").unlink()
     assert gpu_report.main(command) == 0
-    assert capsys.readouterr().out.count(": kept\n") == 9
+    assert capsys.readouterr().out.count(": kept\n") == 10
     assert (out / "report.md").is_file()
     assert gpu_report.main([*command, "--trainer.max_steps=2"]) == 2
     assert "holds a run with other arguments" in capsys.readouterr().err
