@@ -79,10 +79,12 @@ def batch_of(device: torch.device, shape: tuple[int, int]) -> Tensor:
 
 @slow_on_cpu
 @networks
-def test_compiled_gradients_in_bf16_are_near_fp32(device: torch.device, name: str) -> None:
+def test_compiled_gradients_in_bf16_are_near_fp32(
+    device: torch.device, name: str, tmp_path: Path
+) -> None:
     """At each shape of a schedule; compiled code rounds less often than eager code, or as often."""
     net, eager = (random_network(name).to(device) for _ in range(2))
-    compile_in_place(net, device)
+    compile_in_place(net, device, tmp_path)
     for shape in SHAPES[name]:
         batch = batch_of(device, shape)
         exact = gradients(eager, batch, bf16=False)
