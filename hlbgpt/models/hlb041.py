@@ -50,7 +50,9 @@ class HLB041(Network):
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
         self.loss_chunk_tokens = loss_chunk_tokens
         self.embedding = nn.Embedding(vocab_size, width, scale_grad_by_freq=True)
-        self.blocks = nn.ModuleList(LatentBlock(width, num_blocks) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(
+            LatentBlock(width, num_blocks, max_sequence_length) for _ in range(num_blocks)
+        )
         self.norm = nn.LayerNorm(width, bias=False)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.25 / width**0.5)
@@ -85,11 +87,12 @@ class HLB041(Network):
 
 
 class LatentBlock(nn.Module):
-    def __init__(self, width: int, num_blocks: int) -> None:
+    def __init__(self, width: int, num_blocks: int, max_sequence_length: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, bias=False)
         self.sizes = (width // 8, width // 8, 2 * width, 2 * width)
         self.num_heads = _num_heads(width)
+        self.unit = -(-max_sequence_length // 256)  # of positions, see `_with_positions`
         self.up_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.down_proj = nn.Linear(2 * width, width, bias=False)
         self.slope = nn.Parameter(torch.ones(()))
@@ -113,13 +116,15 @@ class LatentBlock(nn.Module):
         """Queries and keys (B, T, D / H), padded, whose scores include the bias by distance.
 
         The bias m (j - i) of query i and key j is the product of [m, -m i] and [j, 1]. Positions
-        are split into a multiple of 32 and the rest, which bfloat16 holds exactly up to 8192.
+        are split into a multiple of `unit` and the rest, so that bfloat16 holds both exactly. The
+        unit is small, because in the gradient of m terms of its size cancel after rounding.
         """
-        parts = torch.stack([positions // 32, positions % 32], dim=-1).to(q.dtype)  # (..., T, 2)
+        high, low = positions // self.unit, positions % self.unit
+        one, unit = torch.ones_like(positions), torch.full_like(positions, self.unit)
         m = F.softplus(self.slope) * self.sizes[0] ** 0.5  # attention divides by this root
-        m = torch.stack([32 * m, m]).to(q.dtype).expand_as(parts)
-        of_q = torch.cat([m, -m * parts], dim=-1).expand(*q.shape[:2], -1)
-        of_k = torch.cat([parts, torch.ones_like(parts)], dim=-1).expand(*k.shape[:2], -1)
+        of_q = (torch.stack([one, one, -high, -low], dim=-1) * m.float()).to(q.dtype)
+        of_k = torch.stack([unit * high, low, unit, one], dim=-1).to(k.dtype)
+        of_q, of_k = (part.expand(*q.shape[:2], -1) for part in (of_q, of_k))
         zeros = q.new_zeros(*q.shape[:2], 8 * self.sizes[0] // self.num_heads - self.sizes[0] - 4)
         return torch.cat([q, of_q, zeros], dim=-1), torch.cat([k, of_k, zeros], dim=-1)
 
