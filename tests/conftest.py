@@ -66,7 +66,9 @@ def fitting(config: Path, arguments: list[str]) -> list[str]:
     if "HLB041" in text:
         return [argument for argument in arguments if "num_heads" not in argument]
     if "FastGPT" in text:
-        clusters = [f"--model.net.init_args.{key}" for key in ("cutoffs=[64,128]", "capacity=null")]
+        clusters = [
+            f"--model.net.init_args.{key}" for key in ("cutoffs=[64,128]", "capacity=[1,1]")
+        ]
         # Knowing how often each byte comes is worth more than the target of words.
         return [*arguments, *clusters, TABLE, "--time_to_target.target=0.5"]
     return arguments

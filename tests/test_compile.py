@@ -14,10 +14,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hlbgpt.callbacks import LastCheckpoint, TokenSchedule
+from hlbgpt.models import FastGPT
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.optim.schedules import ScheduleRow
 from hlbgpt.training.compilation import warm_up_optimizer
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import InputError
 
 ARGUMENTS = [
     "--config",
@@ -132,6 +134,24 @@ def test_each_shape_of_a_schedule_is_compiled_once(
         assert counters["stats"]["unique_graphs"] == 10
 
 
+class NoisySGD(torch.optim.SGD):
+    """Draws random numbers in its step."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            param.data += 0.01 * torch.randn_like(param)
+        return loss
+
+
+def test_shapes_that_depend_on_the_text_are_refused(folder: Path, tmp_path: Path) -> None:
+    net = FastGPT(vocab_size=256, max_sequence_length=32, width=16, num_heads=2, cutoffs=[64])
+    module, data = make(folder, tmp_path, net=net)
+    module.compile_net = True
+    with pytest.raises(InputError, match=r"model\.net\.capacity: null, .* set 1 fractions"):
+        trainer(tmp_path, max_steps=1).fit(module, data)
+
+
 @pytest.mark.parametrize("warm", [0, 2])
 @pytest.mark.parametrize(
     "make_optimizer",
@@ -140,9 +160,10 @@ def test_each_shape_of_a_schedule_is_compiled_once(
         lambda groups: torch.optim.AdamW(groups, fused=True),
         lambda groups: torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1),
         lambda groups: torch.optim.Adagrad(groups, lr=0.1),  # has state before its first step
+        NoisySGD,
         lambda groups: torch.optim.LBFGS([p for group in groups for p in group["params"]]),
     ],
-    ids=["MuonAdamW", "AdamW", "SGD", "Adagrad", "LBFGS"],
+    ids=["MuonAdamW", "AdamW", "SGD", "Adagrad", "noise", "LBFGS"],
 )
 def test_warming_up_the_optimizer_changes_nothing(make_optimizer: Any, warm: int) -> None:
     """Neither the weights and the state it leaves, nor any step that follows."""
@@ -161,6 +182,7 @@ def test_warming_up_the_optimizer_changes_nothing(make_optimizer: Any, warm: int
     ends = []
     for warmed in (False, True):
         net = small_gpt()
+        torch.manual_seed(1)
         optimizer = make_optimizer(parameter_groups(net))
         train(warm, optimizer, net)
         if warmed:

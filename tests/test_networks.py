@@ -200,6 +200,20 @@ def test_hlb041_attends_by_distance_at_full_length(width: int, length: int) -> N
         assert (parameter.grad - double.grad).norm() < 2e-3 * double.grad.norm()
 
 
+@pytest.mark.parametrize("longest", [256, 1024, 1280])  # the last is no power of two
+def test_hlb041_positions_are_exact_in_bf16(longest: int) -> None:
+    """Scores of distance alone: queries and keys of zero and a slope of one."""
+    block = HLB041(vocab_size=8, max_sequence_length=longest, width=64, num_blocks=1).blocks[0]
+    block.slope.data.fill_(math.log(math.e - 1))
+    zeros, positions = torch.zeros(1, longest, 8, dtype=torch.bfloat16), torch.arange(longest)
+    q, k = block._with_positions(zeros, zeros, positions)
+    scores = (q.double() @ k.double().mT)[0] / 8**0.5
+    distance = (positions - positions[:, None]).double()
+    # But for what all scores of a query have in common, and the rounding of the slope.
+    scores, distance = (x - x[:, :1] for x in (scores, distance))
+    torch.testing.assert_close(scores, distance, rtol=2**-8, atol=1e-9)
+
+
 def test_sizes() -> None:
     """The published 46.0M parameters, and a shape with 1.5 billion."""
 

@@ -17,6 +17,8 @@ Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat.
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from hlbgpt.models.kv_cache import KVCache, causal_attention, earlier
 from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
 
-if torch.cuda.is_available():  # or there may be no Triton
+if torch.cuda.is_available() and find_spec("triton"):  # which some builds of torch lack
     from hlbgpt.models.fused_mlp import fused_mlp
 
 
@@ -56,7 +58,7 @@ class FastGPT(Network):
         token_shift: Whether attention reads each token mixed with the two before it.
         pointer_dim: Size of the pointer's queries and keys; 0 for no pointer.
         pointer_ngrams: Maximum number of matching tokens for which the pointer gives a bonus.
-        fused_mlp: Whether a compiled network in 16 bits on a GPU computes its MLPs by
+        fused_mlp: Whether a compiled network in bf16 on a GPU computes its MLPs by
             `fused_mlp.py`, which moves fewer bytes.
         loss_chunk_tokens: Number of tokens whose logits exist in float32 at a time; 0 for all. It
             changes memory and speed, not the loss.
@@ -275,6 +277,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Compiled only: elsewhere a GPU needs no compiler, and here is what to compare with.
-        if self.fused and torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2:
+        if self.fused and torch.compiler.is_compiling() and x.is_cuda and x.dtype == torch.bfloat16:
             return fused_mlp(x, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.relu(self.up_proj(x)).square())  # (B, T, D)

@@ -1,8 +1,8 @@
 """An MLP whose ReLU² is computed within the matrix products around it, by a kernel in Triton.
 
 The hidden layer is the largest tensor of a block. With ReLU² where it is made, and its gradient
-where that of the next layer is made, it is read and written once instead of five times. Triton
-comes with torch for CUDA. Source of the idea: github.com/KellerJordan/modded-nanogpt.
+where that of the next layer is made, it is read and written once instead of five times. Source of
+the idea: github.com/KellerJordan/modded-nanogpt.
 
 Shapes: N tokens, D width, F hidden size.
 """
@@ -59,16 +59,17 @@ def _kernel(
         hidden = tl.load(hidden_ptr + place, mask=inside, other=0.0).to(tl.float32)
         total *= 2 * tl.sqrt(hidden)
     else:
-        total = tl.maximum(total, 0.0)
+        total = tl.where(total < 0, 0.0, total)  # keeps NaN, unlike `tl.maximum`
         total *= total
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@torch.library.triton_op("hlbgpt::relu_squared_product", mutates_args=())
 def _product(x: Tensor, w: Tensor, hidden: Tensor | None) -> Tensor:
     """ReLU² of x (N, D) @ w (D, F), or times the slope of ReLU² at `hidden` (N, F), its value."""
     out = x.new_empty(len(x), w.shape[1])
     grid = (triton.cdiv(out.shape[0], _SIDE) * triton.cdiv(out.shape[1], _SIDE),)
-    _kernel[grid](
+    torch.library.wrap_triton(_kernel)[grid](
         x,
         w,
         out if hidden is None else hidden,
@@ -103,6 +104,6 @@ class _FusedMLP(torch.autograd.Function):
 
 
 def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """ReLU²(x @ upᵀ) @ downᵀ of x (..., D) in 16 bits, with weights (F, D) and (D, F)."""
+    """ReLU²(x @ upᵀ) @ downᵀ of x (..., D) in bf16, with weights (F, D) and (D, F)."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return _FusedMLP.apply(flat, up.to(x.dtype), down.to(x.dtype)).view(x.shape)

@@ -92,7 +92,8 @@ class LatentBlock(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         self.sizes = (width // 8, width // 8, 2 * width, 2 * width)
         self.num_heads = _num_heads(width)
-        self.unit = -(-max_sequence_length // 256)  # of positions, see `_with_positions`
+        # Of positions, see `_with_positions`: a power of two, of which the longest has up to 256.
+        self.unit = 1 << max(0, (max_sequence_length - 1).bit_length() - 8)
         self.up_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.down_proj = nn.Linear(2 * width, width, bias=False)
         self.slope = nn.Parameter(torch.ones(()))
@@ -116,8 +117,8 @@ class LatentBlock(nn.Module):
         """Queries and keys (B, T, D / H), padded, whose scores include the bias by distance.
 
         The bias m (j - i) of query i and key j is the product of [m, -m i] and [j, 1]. Positions
-        are split into a multiple of `unit` and the rest, so that bfloat16 holds both exactly. The
-        unit is small, because in the gradient of m terms of its size cancel after rounding.
+        are split into a multiple of `unit` and the rest, so that bfloat16 holds both exactly. But
+        the gradient of m is a small difference of large sums, which it rounds more than others.
         """
         high, low = positions // self.unit, positions % self.unit
         one, unit = torch.ones_like(positions), torch.full_like(positions, self.unit)

@@ -92,6 +92,8 @@ def muon_update(
 class MuonAdamW(Optimizer):
     """Updates each parameter group with Muon or with AdamW.
 
+    The parameters of a group have one dtype and are on one device.
+
     Args:
         params: Groups as `parameter_groups` makes them.
         groups: Settings of single groups by name: `method` (`muon` or `adamw`; `adamw` by default)

@@ -6,7 +6,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import Optimizer
 
 from hlbgpt.data import TokenDataModule
-from hlbgpt.models import Network
+from hlbgpt.models import AdaptiveSoftmax, Network
 from hlbgpt.utils.errors import InputError
 
 _DEFAULT_MAX_EPOCHS = 1000  # what Lightning sets where neither steps nor epochs are given
@@ -27,6 +27,17 @@ def require_fitting_together(
         data.require_batch(data.micro_batch_size, data.sequence_length)
         if data.micro_batches > 1:
             require_no_accumulation(trainer, "data.micro_batches")
+
+
+def require_static_shapes(net: Network) -> None:
+    """Raise InputError if training shapes depend on the text: each would be compiled anew."""
+    for module in net.modules():
+        if isinstance(module, AdaptiveSoftmax) and len(module.sizes) > 1 and not module.capacity:
+            raise InputError(
+                "model.net.capacity: null, so that shapes depend on the text, which model.compile "
+                f"cannot use; set {len(module.sizes) - 1} fractions, one for each of the cutoffs, "
+                "or --model.compile false"
+            )
 
 
 def require_supported(trainer: L.Trainer) -> None:

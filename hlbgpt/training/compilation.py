@@ -70,7 +70,7 @@ def warm_up_optimizer(optimizer: Optimizer) -> float:
     """Make a step with gradients of zero and undo it; returns the seconds it took.
 
     The first step of an optimizer allocates its state and loads its kernels, which is no training.
-    Weights, state and settings are restored to the last bit.
+    Weights, state, settings and random numbers are restored to the last bit.
     """
     watch = Stopwatch()
     watch.start()
@@ -83,7 +83,9 @@ def warm_up_optimizer(optimizer: Optimizer) -> float:
     ]
     for param in params:
         param.grad = torch.zeros_like(param)
-    optimizer.step(lambda: params[0].new_zeros(()))
+    device = params[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        optimizer.step(lambda: params[0].new_zeros(()))
     optimizer.zero_grad()
     for param, weight in zip(params, weights, strict=True):
         param.copy_(weight)
@@ -91,6 +93,6 @@ def warm_up_optimizer(optimizer: Optimizer) -> float:
     optimizer.state.update(state)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
-    synchronize(params[0].device)
+    synchronize(device)
     watch.stop()
     return watch.seconds

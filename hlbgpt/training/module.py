@@ -85,6 +85,8 @@ class LanguageModule(step.MicroBatchedModule):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
             strategy.checkpoint_io = AtomicCheckpointIO()
+        if self._fitting and self.compile_net:
+            checks.require_static_shapes(self.net)
         if self._fitting and strategy.root_device.type == "cuda":  # not those of an earlier run
             torch.cuda.reset_peak_memory_stats(strategy.root_device)
         if strategy.root_device.type == "mps":  # has no double precision
@@ -123,7 +125,8 @@ class LanguageModule(step.MicroBatchedModule):
             self._resume(self._resume_state)
         elif self.net.needs_token_counts:
             # On the clock, as all that is learned or counted from the training text.
-            self.net.init_from_token_counts(self.train_loader.token_counts(self.data.vocab_size))
+            counts = self.train_loader.token_counts(self.data.vocab_size)
+            self.net.init_from_token_counts(counts.to(self.device))
         self.throughput.begin()
 
     # --- training; the step itself is in step.py ----------------------------------------------
