@@ -12,12 +12,13 @@ from conftest import CONFIGS
 from helpers import make, sgd, small_gpt, trainer
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from hlbgpt.callbacks import LastCheckpoint, TokenSchedule
 from hlbgpt.models import FastGPT
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.optim.schedules import ScheduleRow
-from hlbgpt.training.compilation import warm_up_optimizer
+from hlbgpt.training.compilation import compile_in_place, warm_up_optimizer
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
 
@@ -132,6 +133,17 @@ def test_each_shape_of_a_schedule_is_compiled_once(
         assert len(shapes) == 9
         assert graphs == [10]  # with that of evaluation
         assert counters["stats"]["unique_graphs"] == 10
+
+
+@pytest.mark.parametrize("chosen", [None, "mine"])
+def test_compiled_code_is_kept_with_the_tokens(
+    chosen: str | None, tmp_path: Path, quick_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user names another folder."""
+    folder = str(tmp_path / chosen) if chosen else default_cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    compile_in_place(small_gpt(), torch.device("cpu"), tmp_path)
+    assert cache_dir() == str(tmp_path / (chosen or "compiled"))
 
 
 class NoisySGD(torch.optim.SGD):

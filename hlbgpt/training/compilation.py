@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.optim import Optimizer
 
 from hlbgpt.models import Network, token_scores
 from hlbgpt.training.memory import forward_and_backward
 from hlbgpt.utils.clock import Stopwatch, synchronize
 
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _OTHER_GRAPHS = 8  # beside one for each training shape; evaluation has its own
 
 
@@ -19,9 +21,11 @@ def compile_in_place(net: Network, device: torch.device, cache_dir: Path) -> Non
     """Let `net` run compiled on `device`; names in checkpoints stay as they are. Idempotent.
 
     Each shape gets a graph of its own. What is compiled is kept in `cache_dir`, unless the
-    environment variable TORCHINDUCTOR_CACHE_DIR names another folder.
+    environment variable TORCHINDUCTOR_CACHE_DIR names another folder than torch's default.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "compiled"))
+    # torch sets it to its default, a temporary folder, as soon as it is imported.
+    if os.environ.get(_CACHE) in (None, default_cache_dir()):
+        os.environ[_CACHE] = str(cache_dir / "compiled")
     if device.type == "cpu":
         # Inductor adds up an embedding's gradients in the order in which threads finish; in this
         # mode a run is the same every time.
