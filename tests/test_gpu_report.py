@@ -265,8 +265,6 @@ def test_the_reference_does_not_depend_on_its_micro_batches(
 
 @pytest.mark.gpu
 def test_on_a_gpu(small: tuple[list[str], list[str]], tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     options = [word for word in small[0] if not word.startswith("--device")]
     options += ["--out", str(tmp_path), "--only", "hardware", "gradients", "steps"]
     assert gpu_report.main([*options, "--", *small[1], "--trainer.accelerator=cuda"]) == 0

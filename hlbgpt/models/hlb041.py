@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.base import Network, require, require_not_negative, require_positive
-from hlbgpt.models.kv_cache import KVCache, causal_attention
+from hlbgpt.models.kv_cache import KVCache, causal_attention, token_positions
 from hlbgpt.models.lm_head import LMHead, TokenScores
 
 
@@ -71,11 +71,7 @@ class HLB041(Network):
         per_token: bool = False,
         kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
-        if kv_cache is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-        else:
-            kv_cache.prepare(tokens)
-            positions = kv_cache.positions
+        positions = token_positions(tokens, kv_cache)
         x = self.embedding(tokens)  # (B, T, D)
         for block in self.blocks:
             x = block(x, positions, kv_cache)

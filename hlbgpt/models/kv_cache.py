@@ -121,6 +121,14 @@ def earlier(
     return [states[:, count - back :][:, :length] for back in range(1, count + 1)]
 
 
+def token_positions(tokens: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    """Positions of new tokens (B, T): (T,), or (B, T) with a `kv_cache`, which this prepares."""
+    if kv_cache is None:
+        return torch.arange(tokens.shape[1], device=tokens.device)
+    kv_cache.prepare(tokens)
+    return kv_cache.positions
+
+
 def token_distance(tokens: Tensor, kv_cache: KVCache | None = None) -> Tensor:
     """Position of each token minus that of each new one (B, T): (T, T), or cached (B, T, L)."""
     if kv_cache is not None:
