@@ -4,9 +4,15 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["PretrainedModel", "fit"]
+__all__ = ["LanguageModule", "PretrainedModel", "TimeToTarget", "TokenDataModule", "fit"]
 
-_MODULES = {"PretrainedModel": "hlbgpt.generation.pretrained", "fit": "hlbgpt.cli.api"}
+_MODULES = {
+    "LanguageModule": "hlbgpt.training.module",
+    "PretrainedModel": "hlbgpt.generation.pretrained",
+    "TimeToTarget": "hlbgpt.callbacks.time_to_target",
+    "TokenDataModule": "hlbgpt.data.datamodule",
+    "fit": "hlbgpt.cli.api",
+}
 
 
 def __getattr__(name: str) -> Any:

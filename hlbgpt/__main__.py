@@ -1,5 +1,64 @@
-"""``python -m hlbgpt``: the same as the console command ``hlbgpt``."""
+"""The command `hlbgpt`. Help and version are answered at once, before torch is imported."""
 
-from hlbgpt.cli.main import main
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
-main()
+from hlbgpt import __version__
+
+COMMANDS = {
+    "fit": "Train until the target is met, and record the time.",
+    "validate": "Measure a checkpoint on the validation split.",
+    "test": "Measure a checkpoint on the test split.",
+    "predict": "Continue prompts with a checkpoint, and print the text.",
+}
+DESCRIPTION = "Train a small GPT until its validation loss meets a target, and time it."
+_HELP = """\
+usage: hlbgpt COMMAND [--config FILE ...] [--SETTING VALUE ...]
+
+{description}
+
+{commands}
+
+  hlbgpt fit --config configs/quickstart.yaml     train
+  hlbgpt fit --ckpt_path last                     resume the newest run
+  hlbgpt predict --ckpt_path last --data.prompts 'The '
+
+hlbgpt COMMAND --help explains every setting. --version prints the versions. --print_shtab bash
+(or zsh, tcsh) prints a script for completion in the shell; it needs the package shtab.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the words are those of `sys.argv` unless others are given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    first = words[0] if words else "--help"
+    if first in ("-h", "--help"):
+        commands = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+        print(_HELP.format(description=DESCRIPTION, commands=commands), end="")
+    elif first == "--version":
+        print(f"hlbgpt {__version__} ({', '.join(_versions())})")
+    elif first not in COMMANDS and not first.startswith("-"):
+        names = ", ".join(COMMANDS)
+        sys.stderr.write(f"hlbgpt: error: no command {first!r}; use one of {names}\n")
+        raise SystemExit(2)
+    else:
+        try:
+            from hlbgpt.cli.main import main as run_command
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        run_command(words)
+
+
+def _versions() -> list[str]:
+    found = ["Python {}.{}.{}".format(*sys.version_info[:3])]
+    for package in ("torch", "lightning"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

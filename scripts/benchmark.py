@@ -25,10 +25,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import yaml
 from benchmark_results import BenchmarkRun, markdown, summarize
 
-from hlbgpt.runs.folder import CONFIG, RECORD, last_checkpoint
+from hlbgpt.runs.folder import RECORD, last_checkpoint
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write, locked
 
@@ -189,8 +188,7 @@ def run(job: Job) -> BenchmarkRun:
     record = json.loads((job.folder / RECORD).read_text("utf-8"))
     if record["value"] is None or not math.isfinite(record["value"]):
         return replace(found, error=f"the final {record['monitor']} is {record['value']}")
-    settings = yaml.safe_load((job.folder / CONFIG).read_text("utf-8"))
-    return replace(found, record=record, mode=settings["time_to_target"]["mode"])
+    return replace(found, record=record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,6 @@ class BenchmarkRun:
     folder: str = ""
     error: str | None = None  # why the run failed; None if it did not
     record: dict[str, Any] = field(default_factory=dict)  # record.json; empty if the run failed
-    mode: str = "min"  # "min" or "max": the value shall fall or rise to the target
 
     def in_a_line(self) -> str:
         if self.error:
@@ -62,7 +61,7 @@ def summarize_variant(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
     done = [run for run in runs if not run.error]
     target_p = None
     if len(done) == len(runs):  # otherwise the runs that are left are a biased sample
-        alternative = "less" if done[0].mode == "min" else "greater"
+        alternative = "less" if done[0].record["mode"] == "min" else "greater"
         values = [run.record["value"] for run in done]
         target_p = t_test(values, done[0].record["target"], alternative)
     return {

@@ -50,8 +50,9 @@ class RunCurves:
     @property
     def target(self) -> float | None:
         """The target of the validation loss; None if another metric is monitored."""
-        monitor = self.settings.get("time_to_target.monitor", "val_loss")
-        return self.settings.get("time_to_target.target") if monitor == "val_loss" else None
+        asked = "time_to_target.init_args"
+        monitor = self.settings.get(f"{asked}.monitor", "val_loss")
+        return self.settings.get(f"{asked}.target") if monitor == "val_loss" else None
 
 
 def find_runs(arguments: Sequence[str]) -> list[RunCurves]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from hlbgpt.cli.main import main
+from hlbgpt.__main__ import main
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread for each
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hlbgpt.cli.main import main as hlbgpt
+from hlbgpt.__main__ import main as hlbgpt
 from hlbgpt.runs import load_checkpoint
 from hlbgpt.runs.logger import BY_TOKENS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import LAST, QUICKSTART, TABLE
 
-from hlbgpt.cli.main import main
+from hlbgpt.__main__ import main
 from hlbgpt.data import TextFiles
 from hlbgpt.data.token_file import prepare_token_file
 from hlbgpt.data.tokenizer import load_tokenizer
@@ -195,8 +195,12 @@ def test_bad_input_is_one_line_before_training(
 
 
 def test_no_config_and_no_command(hlbgpt, capfd) -> None:
-    assert "model.net" in error_of(hlbgpt, capfd, "fit")
-    assert "train" in error_of(hlbgpt, capfd, "train")
+    assert "config: none given; start with one, as in hlbgpt fit --config" in error_of(
+        hlbgpt, capfd, "fit"
+    )
+    assert "no command 'train'; use one of fit, validate" in error_of(hlbgpt, capfd, "train")
+    assert "unrecognized" in error_of(hlbgpt, capfd, "--verbose")
+    assert hlbgpt().startswith("usage: hlbgpt COMMAND")
 
 
 @pytest.mark.parametrize(

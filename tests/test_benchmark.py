@@ -12,7 +12,7 @@ from conftest import CONFIGS, QUICKSTART, TINY
 pytest.importorskip("scipy")
 import benchmark
 
-from hlbgpt.cli.main import main as hlbgpt
+from hlbgpt.__main__ import main as hlbgpt
 
 BROKEN = "broken: --data.sequence_length=999"
 WIDE = "more windows: --data.micro_batch_size=8"

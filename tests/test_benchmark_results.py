@@ -25,6 +25,7 @@ def make_run(
     record = {
         "monitor": "val_loss",
         "target": 3.8,
+        "mode": mode,
         "value": value,
         "tokens": 2_000_000,
         "train_seconds": 10.0,
@@ -34,7 +35,7 @@ def make_run(
         "torch": "2.8",
         "git_revision": None,
     }
-    return BenchmarkRun(variant, seed, record=record | figures, mode=mode)
+    return BenchmarkRun(variant, seed, record=record | figures)
 
 
 def test_estimate_by_hand() -> None:

@@ -32,7 +32,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-        "from hlbgpt.cli.main import main; main()"
+        "from hlbgpt.__main__ import main; main()"
     )
     command = [sys.executable, "-c", code, "fit", "--ckpt_path", str(LAST)]
     done = subprocess.run(command, capture_output=True, text=True)

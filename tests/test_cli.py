@@ -64,7 +64,7 @@ def test_checkpoints_can_be_switched_off(hlbgpt, tiny: list[str]) -> None:
 def test_training_from_a_token_file_does_not_import_datasets(tiny, tmp_path: Path) -> None:
     for unwanted in ({"datasets"}, {"datasets", "pyarrow"}):  # the first run tokenizes
         code = (
-            "import sys; from hlbgpt.cli.main import main; main(); "
+            "import sys; from hlbgpt.__main__ import main; main(); "
             f"assert not {unwanted} & set(sys.modules)"
         )
         command = [sys.executable, "-c", code, "fit", *QUICKSTART, *tiny]
@@ -211,11 +211,11 @@ def test_every_option_is_explained(hlbgpt, capfd, command: str) -> None:
     assert stop.value.code == 0
     out = " ".join(capfd.readouterr().out.split())
     for text in (
-        "--time_to_target.target TARGET Value at which the run stops.",
+        ".target: Value at which the run stops.",
         "--data.cache_dir CACHE_DIR Folder for the token files.",
         "--data.prompts",
         "--model.compile {true,false} Whether to run the network through",
-        "--checkpoint.every_minutes",
+        "--checkpoint... .every_minutes: Minutes between two checkpoints.",
     ):
         assert text in out
 

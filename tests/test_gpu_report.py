@@ -17,7 +17,7 @@ import gpu_gradients
 import gpu_measure
 import gpu_report
 
-from hlbgpt.cli.main import main as hlbgpt
+from hlbgpt.__main__ import main as hlbgpt
 from hlbgpt.models import GPT, FastGPT
 
 NAMES = ("speedrun", "hlb041")

@@ -118,12 +118,13 @@ def test_norms_by_group_are_those_of_gradient_and_update() -> None:
 
 def test_losses_by_tokens_hide_what_is_made_again(tmp_path: Path) -> None:
     """As by a run that resumes from an earlier checkpoint."""
-    first = RunLogger(tmp_path, name="", version="")
+    first, second = RunLogger(), RunLogger()
+    first.open_in(tmp_path)
     for step in range(1, 6):
         place = {"tokens_seen": 100.0 * step, "train_seconds": float(step)}
         first.log_metrics({"train_loss": 5.0, **place}, step)
     first.finalize("failed")
-    second = RunLogger(tmp_path, name="", version="")
+    second.open_in(tmp_path)
     second.log_metrics({"train_loss": 4.0, "tokens_seen": 400.0, "train_seconds": 9.0}, 4)
     second.finalize("success")
     folder = tmp_path / BY_TOKENS
@@ -139,7 +140,8 @@ def test_losses_by_tokens_hide_what_is_made_again(tmp_path: Path) -> None:
 
 
 def test_other_metrics_keep_their_names(tmp_path: Path) -> None:
-    logger = RunLogger(tmp_path, name="", version="")
+    logger = RunLogger()
+    logger.open_in(tmp_path)
     logger.log_metrics({"mine": 1.0, "a/b": torch.tensor(2.0), "val_loss": 3.0}, 0)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path)).Reload()

@@ -54,7 +54,7 @@ def write_run(
     by_tokens.close()
     config = {
         "seed_everything": seed,
-        "time_to_target": {"monitor": "val_loss", "target": 2.0},
+        "time_to_target": {"init_args": {"monitor": "val_loss", "target": 2.0}},
         "trainer": {"default_root_dir": str(folder)},
         **settings,
     }

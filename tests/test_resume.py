@@ -95,7 +95,8 @@ def run(
         eval_batch_size=64,
     )
     step = None if resume is None else load_checkpoint(resume)["global_step"]
-    logger = RunLogger(place, name="", version="", default_hp_metric=False, purge_step=step)
+    logger = RunLogger()
+    logger.open_in(place, step or 0)
     settings: dict[str, Any] = {
         "max_steps": MAX_STEPS,
         "limit_val_batches": 1.0,

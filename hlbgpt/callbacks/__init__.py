@@ -7,6 +7,7 @@ from hlbgpt.callbacks.hlb041_batch import HLB041BatchSize, SequenceLengthDoublin
 from hlbgpt.callbacks.last_checkpoint import LastCheckpoint
 from hlbgpt.callbacks.samples import Samples
 from hlbgpt.callbacks.step_shape import StepShape
+from hlbgpt.callbacks.target import Milestone
 from hlbgpt.callbacks.time_to_target import TimeToTarget
 from hlbgpt.callbacks.token_schedule import TokenSchedule
 from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
@@ -17,6 +18,7 @@ __all__ = [
     "HLB041BatchSize",
     "LastCheckpoint",
     "LossScaledWeightDecay",
+    "Milestone",
     "Samples",
     "SequenceLengthDoubling",
     "StepShape",

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch.nn.utils import get_total_norm
 
 from hlbgpt.callbacks.signals import Interrupted, Signals
+from hlbgpt.runs.checkpoint_io import require_readable_states
 from hlbgpt.runs.folder import last_checkpoint, run_folder
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
@@ -46,6 +47,25 @@ class LastCheckpoint(Checkpoint):
         self.every_minutes = every_minutes
         self._saved_step, self._saved_at = -1, 0.0
         self._signals = Signals()
+
+    # --- checks before training -----------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise InputError where another callback would keep checkpoints from being of use."""
+        if (folder := run_folder(trainer)) is None:
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        require_readable_states({type(c).__name__: c.state_dict() for c in callbacks})
+        own = last_checkpoint(folder).resolve()
+        for callback in callbacks:
+            if not isinstance(callback, ModelCheckpoint) or not callback.save_last:
+                continue
+            name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            if Path(callback.dirpath or folder, name).resolve() == own:
+                raise InputError(
+                    "trainer.callbacks: ModelCheckpoint save_last: every run saves last.ckpt "
+                    "already, to resume from; leave save_last out, or set its dirpath"
+                )
 
     # --- saving -------------------------------------------------------------------------------
 

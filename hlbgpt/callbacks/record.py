@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console as Terminal
 from rich.table import Table
 
+from hlbgpt.callbacks.target import Milestone
 from hlbgpt.runs.config import hparams
 from hlbgpt.runs.folder import CONFIG, run_folder
 from hlbgpt.runs.logger import tensorboard_loggers
@@ -25,8 +26,10 @@ def make_record(
     """What `record.json` holds: the result, tokens, clocks, and what they were measured on."""
     folder, device = run_folder(trainer), module.device
     config = folder / CONFIG if folder else None
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return {
         **result,
+        "milestones": [c.figures() for c in callbacks if isinstance(c, Milestone)],
         "step": trainer.global_step,
         "tokens": module.tokens_seen,
         **clocks,

@@ -7,14 +7,14 @@ import lightning as L
 
 from hlbgpt.callbacks.eta import fraction_done, in_words, seconds_to_target
 from hlbgpt.callbacks.record import log_record, make_record, summary
+from hlbgpt.callbacks.target import Target
 from hlbgpt.runs.folder import RECORD, run_folder
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import Stopwatch, process_seconds, synchronize
-from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 
 
-class TimeToTarget(L.Callback):
+class TimeToTarget(Target):
     """Stops the run at the validation that meets the target, and records three clocks.
 
     - `train_seconds`, the headline: from before the first training step to the start of the
@@ -42,7 +42,8 @@ class TimeToTarget(L.Callback):
         mode: Literal["min", "max"] = "min",
         verbose: bool = True,
     ) -> None:
-        self.monitor, self.target, self.mode, self.verbose = monitor, target, mode, verbose
+        super().__init__(monitor, target, mode)
+        self.verbose = verbose
         self.reached = False
         self._train, self._validation, self._checkpoint = Stopwatch(), Stopwatch(), Stopwatch()
         # Of earlier processes of this run.
@@ -60,7 +61,7 @@ class TimeToTarget(L.Callback):
         self._compile_seconds = pl_module.compile_seconds
         self._data = pl_module.train_loader.wait
         self._record = None
-        if self._last_value and self._is_met(self._last_value[0]):
+        if self._last_value and self.is_met(self._last_value[0]):
             self.reached = trainer.should_stop = True  # by the run that is resumed
             return
         synchronize(pl_module.device)
@@ -74,16 +75,14 @@ class TimeToTarget(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
-        if trainer.sanity_checking:
-            self._value(trainer)  # a wrong name shows before training
         if not self._validation.running:
             return
         synchronize(pl_module.device)
         self._validation.stop()
-        value = self._value(trainer)
+        value = self.read(trainer)
         self._last_value = value, trainer.global_step
         self._values.append((self._train.seconds, value))
-        self.reached = trainer.strategy.reduce_boolean_decision(self._is_met(value))
+        self.reached = trainer.strategy.reduce_boolean_decision(self.is_met(value))
         if self.reached:
             trainer.should_stop = True
             self._publish(trainer, pl_module)
@@ -108,7 +107,7 @@ class TimeToTarget(L.Callback):
         """Write the record last: a folder without record.json can be resumed."""
         assert isinstance(pl_module, LanguageModule)
         if self._record is None:  # resumed with nothing left to do
-            self.reached = self._last_value is not None and self._is_met(self._last_value[0])
+            self.reached = self._last_value is not None and self.is_met(self._last_value[0])
             self._publish(trainer, pl_module)
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
@@ -117,17 +116,6 @@ class TimeToTarget(L.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / RECORD) as path:
                 path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    def _is_met(self, value: float) -> bool:
-        return value <= self.target if self.mode == "min" else value >= self.target
-
-    def _value(self, trainer: L.Trainer) -> float:
-        if self.monitor not in trainer.callback_metrics:
-            raise InputError(
-                f"time_to_target.monitor: no metric {self.monitor!r} is logged; choose one of "
-                + ", ".join(sorted(trainer.callback_metrics))
-            )
-        return float(trainer.callback_metrics[self.monitor])
 
     def clocks(self) -> dict[str, float]:
         """All clocks in seconds, with those of earlier processes of the run."""
@@ -169,6 +157,7 @@ class TimeToTarget(L.Callback):
             "reached": self.reached,
             "monitor": self.monitor,
             "target": self.target,
+            "mode": self.mode,
             "value": value,  # of the last validation, which was made at `value_step`
             "value_step": value_step,
         }

@@ -10,6 +10,7 @@ import lightning as L
 import yaml
 
 from hlbgpt.cli.main import one_line_errors, run
+from hlbgpt.cli.run_callbacks import as_list
 from hlbgpt.generation import PretrainedModel
 from hlbgpt.runs.folder import CONFIG, RECORD, run_folder
 from hlbgpt.utils.errors import InputError
@@ -19,7 +20,7 @@ class FitResult(NamedTuple):
     """What a training run has left.
 
     Attributes:
-        record: The figures of `record.json`.
+        record: The figures of `record.json`; empty without `time_to_target`, which writes it.
         folder: Where its files are.
         model: The trained network.
     """
@@ -32,14 +33,14 @@ class FitResult(NamedTuple):
 def fit(
     config: str | Path | Sequence[str | Path],
     settings: Mapping[str, Any] = MappingProxyType({}),
-    callbacks: Sequence[L.Callback] = (),
+    callbacks: L.Callback | Sequence[L.Callback] = (),
 ) -> FitResult:
     """Train as `hlbgpt fit` does, from Python or a notebook.
 
     Args:
         config: A config file, or several, of which later ones override earlier ones.
         settings: Single settings by their dotted names, as `{"trainer.max_steps": 100}`.
-        callbacks: Callbacks added to those of the configs.
+        callbacks: A callback, or several, added to those of the configs.
 
     Raises:
         InputError: the run cannot be made as asked; the message says what to change.
@@ -49,15 +50,17 @@ def fit(
     words = [word for path in configs for word in ("--config", str(path))]
     words += [f"--{key}={_as_yaml(value)}" for key, value in settings.items()]
     with one_line_errors():
-        cli = run(["fit", *words], callbacks)
+        cli = run(["fit", *words], as_list(callbacks))
     folder = run_folder(cli.trainer)
     if folder is None:
         raise InputError("trainer.fast_dev_run: it keeps no run to return; leave it out")
     used = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     net = cli.model.net.to("cpu").eval()
     model = PretrainedModel(net, cli.datamodule.tokenizer, used["model"]["net"])
-    return FitResult(json.loads((folder / RECORD).read_text(encoding="utf-8")), folder, model)
+    path = folder / RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return FitResult(record, folder, model)
 
 
 def _as_yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value, default=str)

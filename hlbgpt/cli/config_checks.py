@@ -1,11 +1,9 @@
 """Checks of settings that Lightning or the parser would take without a word, or trip over."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hlbgpt.utils.errors import InputError
 
@@ -52,6 +50,15 @@ def check_trainer_settings(trainer: Any, *, this_machine: bool = True) -> None:
         _require_folder("trainer.default_root_dir", Path(trainer.default_root_dir))
 
 
+def require_run_name(name: str | None) -> None:
+    """Raise InputError for a name that is no name of one folder."""
+    if name is not None and (name.strip(" .") == "" or {"/", "\\", "\0"} & set(name)):
+        raise InputError(
+            f"run_name: {name!r} is no name of a folder; use letters, digits, - and _, and "
+            "trainer.default_root_dir for a path"
+        )
+
+
 def _require_folder(key: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,28 +67,3 @@ def _require_folder(key: str, folder: Path) -> None:
             f"{key}: cannot make {str(folder)!r}: {error.strerror}; name a folder that can be "
             "written to"
         ) from error
-
-
-def require_readable_configs(arguments: Sequence[str]) -> None:
-    """Raise InputError, with the file's name, for a `--config` that is no YAML mapping."""
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        path = Path(value or after)
-        if name not in ("--config", "-c") or not path.is_file():  # the parser has words for that
-            continue
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"--config {path}: not UTF-8 text at byte {error.start}; is it a config file?"
-            ) from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or error
-            raise InputError(f"--config {path}: no YAML{where}: {problem}; mend it") from error
-        if not isinstance(settings, dict):
-            raise InputError(
-                f"--config {path}: holds no settings but {settings!r:.60}; write some as in the "
-                "files of configs/"
-            )

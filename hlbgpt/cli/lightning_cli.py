@@ -9,13 +9,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 
-from hlbgpt.callbacks import Console, LastCheckpoint, StopOnDivergence, TimeToTarget, TokenSchedule
-from hlbgpt.cli.config_checks import check_trainer_settings
-from hlbgpt.cli.parser import Parser
+from hlbgpt.__main__ import COMMANDS, DESCRIPTION
+from hlbgpt.cli.config_checks import check_trainer_settings, require_run_name
+from hlbgpt.cli.parser import Parser, constructor_error
+from hlbgpt.cli.run_callbacks import add_run_callbacks, as_list, require_no_second
 from hlbgpt.cli.save_config import SaveConfig
+from hlbgpt.cli.words import find_last, no_checkpoint, require_file
 from hlbgpt.data import TokenDataModule
 from hlbgpt.runs import RunLogger, load_checkpoint, require_matching_weights
 from hlbgpt.runs.config import CONFIG_KEY, changed_settings, config_name
@@ -27,23 +30,13 @@ from hlbgpt.runs.folder import (
     is_first_process,
     is_unfinished,
     last_checkpoint,
-    newest_checkpoint,
     reclaim_folder,
     require_unused,
     run_folder,
 )
-from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.training import resume
 from hlbgpt.training.module import LanguageModule
-from hlbgpt.training.resume import require_steps_left, require_training_state
 from hlbgpt.utils.errors import InputError
-
-COMMANDS = {
-    "fit": "Train until the target is met, and record the time.",
-    "validate": "Measure a checkpoint on the validation split.",
-    "test": "Measure a checkpoint on the test split.",
-    "predict": "Continue prompts with a checkpoint, and print the text.",
-}
-_DESCRIPTION = "Train a small GPT until its validation loss meets a target, and time it."
 
 
 class CLI(LightningCLI):
@@ -68,6 +61,8 @@ class CLI(LightningCLI):
         self.resources = contextlib.ExitStack()  # held until the command has ended
         self.checkpoint: dict[str, Any] = {}
         self.checkpoint_path: Path | None = None
+        self._callbacks = callbacks
+        self._refused: InputError | None = None
         self._command = words[0] if words and words[0] in COMMANDS else None
         super().__init__(
             LanguageModule,
@@ -75,7 +70,8 @@ class CLI(LightningCLI):
             save_config_callback=SaveConfig if self._command == "fit" else None,
             save_config_kwargs={"save_to_log_dir": False},
             parser_class=Parser,
-            parser_kwargs={"prog": "hlbgpt", "description": _DESCRIPTION}
+            # An abbreviation would pass on the command line, but not in a config.
+            parser_kwargs={"prog": "hlbgpt", "description": DESCRIPTION, "allow_abbrev": False}
             | {name: {"description": COMMANDS[name]} for name in self.subcommands()},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -84,7 +80,7 @@ class CLI(LightningCLI):
             trainer_defaults={
                 "enable_model_summary": False,
                 "max_epochs": -1,  # training batches are drawn without end
-                "callbacks": list(callbacks),
+                "logger": [{"class_path": "hlbgpt.runs.RunLogger"}],
             },
             args=list(words),
         )
@@ -101,12 +97,13 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # The order of their hooks: what is divergent is neither recorded nor saved.
-        parser.add_lightning_class_args(StopOnDivergence, "divergence")
-        parser.add_lightning_class_args(TokenSchedule, "schedule")
-        parser.add_lightning_class_args(TimeToTarget, "time_to_target")
-        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Console, "console")
+        parser.add_argument(
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="Name of the run's folder, runs/NAME/version_N; that of the config by default.",
+        )
+        add_run_callbacks(parser)
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from the checkpoint; what is typed is what runs."""
@@ -130,27 +127,31 @@ class CLI(LightningCLI):
         trainer = self.settings.trainer
         if trainer.default_root_dir is not None:  # also for a run that is resumed from elsewhere
             trainer.default_root_dir = os.path.abspath(os.path.expanduser(trainer.default_root_dir))
+        require_run_name(self.settings.run_name)
         check_trainer_settings(trainer, this_machine=self.build_device is None)
         if self.build_device is None:
             self._find_checkpoint()
 
+    @property
+    def run_name(self) -> str:
+        """Names the run's folder: `run_name`, or the name of the config."""
+        return self.settings.run_name or config_name(self.settings.get("config"))
+
     def _find_checkpoint(self) -> None:
         """Turn `ckpt_path` into the path of a file, and read the file."""
-        settings, name = self.settings, config_name(self.settings.get("config"))
+        settings = self.settings
         if settings.ckpt_path == "last":
-            settings.ckpt_path = str(newest_checkpoint(name))
+            settings.ckpt_path = str(find_last(self.run_name, settings.trainer.default_root_dir))
         elif settings.ckpt_path is None and self.subcommand == "fit":
             settings.ckpt_path = self._unfinished_run()
+        elif settings.ckpt_path is None:
+            raise no_checkpoint(str(self.subcommand))
         if settings.ckpt_path is None:
             return
-        if not Path(settings.ckpt_path).is_file():
-            raise InputError(
-                f"ckpt_path: no file {settings.ckpt_path!r}; name a checkpoint (.ckpt), or 'last'"
-            )
+        self.checkpoint_path = require_file(settings.ckpt_path)
         self.checkpoint = load_checkpoint(settings.ckpt_path)
-        self.checkpoint_path = Path(settings.ckpt_path)
         if self.subcommand == "fit":
-            require_training_state(self.checkpoint)
+            resume.require_training_state(self.checkpoint)
 
     def _unfinished_run(self) -> str | None:
         """The checkpoint in a typed folder: the same command again resumes the run there."""
@@ -160,30 +161,46 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build what the config names; what a class refuses becomes a one-line error."""
+        self.parser.add_instantiator(self._construct, object)
         try:
             if self.build_device is None:
                 super().instantiate_classes()
             else:
                 with torch.device(self.build_device):
                     self.config_init = self.parser.instantiate_classes(self.config)
-        except ValueError as error:
-            raise _innermost(error) from None
+        except Exception as error:  # any that a class may raise
+            raise self._refused or constructor_error(error) from error
+
+    def _construct(self, made: type, *arguments: Any, **settings: Any) -> Any:
+        """Build a class; its error is kept, since jsonargparse may hide it behind its own."""
+        try:
+            return made(*arguments, **settings)
+        except Exception as error:
+            self._refused = self._refused or constructor_error(error, made)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what the config leaves open, without writing it into the saved config."""
-        settings = self.config_init[self.subcommand].trainer
+        made = self.config_init[self.subcommand]
+        settings = made.trainer
+        settings.callbacks = [*as_list(settings.callbacks), *self._callbacks]
         keys = self._parser(self.subcommand).callback_keys
+        given = {key: made[key] for key in keys if made[key] is not None}
+        require_no_second(settings.callbacks, given)
         if settings.enable_checkpointing is False:
-            keys.remove("checkpoint")
-        own_bar = any(isinstance(c, ProgressBar) for c in settings.callbacks or [])
+            given.pop("checkpoint", None)
+        elif "checkpoint" not in given and not _any_is(settings.callbacks, Checkpoint):
+            kwargs["enable_checkpointing"] = False  # Lightning would add one of its own
+        own_bar = _any_is(settings.callbacks, ProgressBar)
         if own_bar or settings.enable_progress_bar is False or self.subcommand != "fit":
-            keys.remove("console")
-            if settings.enable_progress_bar is None:
-                # Not between the texts that `predict` prints.
-                shown = self.subcommand != "predict" and sys.stdout.isatty()
-                kwargs["enable_progress_bar"] = own_bar or shown
+            given.pop("console", None)
+        if "console" not in given and settings.enable_progress_bar is None:
+            # Not between the texts that `predict` prints.
+            shown = self.subcommand in ("validate", "test") and sys.stdout.isatty()
+            kwargs["enable_progress_bar"] = own_bar or shown
+        keys[:] = list(given)
         if self.subcommand != "fit":
-            kwargs.setdefault("logger", settings.logger or False)
+            kwargs["logger"] = [x for x in as_list(settings.logger) if _is_of_user(x)] or False
         elif not settings.fast_dev_run:
             kwargs |= self._folder(settings)
         try:
@@ -192,29 +209,27 @@ class CLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
 
     def _folder(self, settings: Any) -> dict[str, Any]:
-        """Give the run a folder that no other run has: runs/<config name>/version_N.
+        """Give the run a folder that no other run has: runs/<run name>/version_N.
 
         A run that was cut short continues in its own. Its curves are cut back to the checkpoint,
         because the steps after it are made again.
         """
-        purge_step, typed = 0, settings.default_root_dir
-        path = self.checkpoint_path
+        typed, path, progress = settings.default_root_dir, self.checkpoint_path, (0, 0)
         resumes = path is not None and is_unfinished(path)
         if path and resumes and (typed is None or _same(Path(typed), folder_of(path))):
             folder = reclaim_folder(folder_of(path))
-            purge_step = self.checkpoint["global_step"]
+            progress = resume.progress(self.checkpoint)
         elif typed is not None:
             require_unused(folder := Path(typed))
         else:
-            folder = claim_folder(RUNS / config_name(self.settings.get("config")))
+            folder = claim_folder(RUNS / self.run_name)
         if is_first_process():
             self.resources.enter_context(exclusive(folder))
-        found: dict[str, Any] = {"default_root_dir": str(folder)}
-        if settings.logger in (None, True):
-            found["logger"] = RunLogger(
-                folder, name="", version="", default_hp_metric=False, purge_step=purge_step
-            )
-        return found
+        loggers = [RunLogger()] if settings.logger in (None, True) else as_list(settings.logger)
+        for logger in loggers:
+            if isinstance(logger, RunLogger):
+                logger.open_in(folder, *progress)
+        return {"default_root_dir": str(folder), "logger": loggers}
 
     # --- running ------------------------------------------------------------------------------
 
@@ -233,9 +248,10 @@ class CLI(LightningCLI):
             return
         # A run killed after its last step has still to write its record.
         if not (self.checkpoint_path and is_unfinished(self.checkpoint_path)):
-            table = self.config_init[self.subcommand].schedule.table
+            schedule = self.config_init[self.subcommand].schedule
+            table = schedule.table if schedule else []
             max_tokens = table[-1].tokens if table else self.datamodule.max_tokens
-            require_steps_left(self.checkpoint, self.trainer.max_steps, max_tokens)
+            resume.require_steps_left(self.checkpoint, self.trainer.max_steps, max_tokens)
         stored = self.checkpoint.get(CONFIG_KEY)
         if stored and is_first_process():
             now = self._parser(self.subcommand).dump(self.settings, skip_none=False)
@@ -253,7 +269,7 @@ class CLI(LightningCLI):
         folder = run_folder(self.trainer)
         if folder and self.trainer.is_global_zero:
             print(f"run folder: {folder}")
-            if tensorboard_loggers(self.trainer.loggers):
+            if any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
                 logs = RUNS if RUNS in folder.parents else folder
                 print(f"curves: tensorboard --logdir {logs}")
             if (checkpoint := last_checkpoint(folder)).is_file():
@@ -264,14 +280,9 @@ def _same(folder: Path, other: Path) -> bool:
     return folder.resolve() == other.resolve()
 
 
-def _innermost(error: ValueError) -> InputError:
-    """What a class said, which jsonargparse wraps in errors of its own."""
-    inner: BaseException | None = error
-    deepest = error
-    while inner is not None:
-        if isinstance(inner, InputError):
-            return inner
-        if type(inner) is ValueError:
-            deepest = inner
-        inner = inner.__cause__ or inner.__context__
-    return InputError(str(deepest))
+def _any_is(callbacks: Sequence[Any], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _is_of_user(logger: Any) -> bool:
+    return isinstance(logger, Logger) and not isinstance(logger, RunLogger)

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from hlbgpt.callbacks import TokenSchedule
-from hlbgpt.cli.config_checks import require_readable_configs
 from hlbgpt.cli.lightning_cli import CLI
 from hlbgpt.cli.parser import UsageError, one_line
+from hlbgpt.cli.words import checked
 from hlbgpt.models import Network
-from hlbgpt.runs.config import config_name, with_saved_config
+from hlbgpt.runs.config import config_name
 from hlbgpt.runs.folder import release_claim, remove_unused_folder
 from hlbgpt.utils.errors import DivergedError, InputError
 
@@ -56,8 +56,9 @@ def build(words: Sequence[str], device: str = "cpu") -> Built:
     with one_line_errors():
         cli = _parse(["fit", *words], device=device)
     made = cli.config_init["fit"]
+    schedule = made.schedule or TokenSchedule()
     name = config_name(cli.settings.get("config"))
-    return Built(name, cli.settings, made.model.net, made.model.optimizer, made.schedule)
+    return Built(name, cli.settings, made.model.net, made.model.optimizer, schedule)
 
 
 def run(words: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
@@ -66,7 +67,7 @@ def run(words: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
     _silence_lightning()
     path = list(sys.path)
     try:
-        cli = _parse(with_saved_config(list(words)), callbacks)
+        cli = _parse(words, callbacks)
         cli.run()
         return cli
     except BaseException:
@@ -82,8 +83,7 @@ def _parse(
     # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    require_readable_configs(words)
-    return CLI(words, callbacks, device)
+    return CLI(checked(words), callbacks, device)
 
 
 @contextlib.contextmanager

@@ -24,5 +24,5 @@ def build_optimizer(
             group.setdefault("initial_lr", group["lr"])
         key = "model.lr_scheduler"
         return optimizer, make_scheduler(optimizer) if make_scheduler else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{key}: {error}; change its init_args") from error

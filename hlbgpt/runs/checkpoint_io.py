@@ -1,5 +1,6 @@
 """Checkpoints on disk: written atomically, read as data only."""
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
@@ -26,15 +28,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; raises InputError if the disk is full or cannot be written to."""
+        """Write a checkpoint.
+
+        Raises InputError if the disk is full or cannot be written to, and for a checkpoint that
+        could not be read again because it holds more than tensors and plain data.
+        """
         if "://" in str(path):  # remote storage, which fsspec writes to
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary, temporary.open("wb") as file:
-                _save(checkpoint, file)
+            with atomic_write(path) as temporary:
+                with temporary.open("wb") as file:
+                    _save(checkpoint, file)
+                if unreadable := get_unsafe_globals_in_checkpoint(temporary):
+                    raise _unreadable_error(checkpoint, unreadable)
         except OSError as error:
             kept = "the previous checkpoint is kept; " if path.is_file() else ""
             raise InputError(
@@ -59,6 +68,37 @@ def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
+
+
+def require_readable_states(states: dict[str, Any]) -> None:
+    """Raise InputError for the first state that a checkpoint could not be read with.
+
+    Args:
+        states: What callbacks return from `state_dict`, by the callback's name.
+    """
+    for name, state in states.items():
+        try:
+            torch.save(state, buffer := io.BytesIO())
+            buffer.seek(0)
+            unreadable = ", ".join(sorted(get_unsafe_globals_in_checkpoint(buffer)))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            unreadable = f"what cannot be saved ({error})"
+        if unreadable:
+            raise InputError(
+                f"callback {name}: its state holds {unreadable}, with which no checkpoint could be "
+                "read again; let its state_dict return tensors, numbers, text, lists and dicts only"
+            )
+
+
+def _unreadable_error(checkpoint: dict[str, Any], unreadable: list[str]) -> InputError:
+    try:
+        require_readable_states(checkpoint.get("callbacks", {}))
+    except InputError as error:
+        return error
+    return InputError(
+        f"checkpoint: it holds {', '.join(unreadable)}, with which it could not be read again; "
+        "put only tensors, numbers, text, lists and dicts into it (on_save_checkpoint)"
+    )
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

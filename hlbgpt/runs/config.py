@@ -1,12 +1,11 @@
 """The settings of runs: finding saved configs, comparing and flattening them."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hlbgpt.runs.folder import CONFIG, folder_of, newest_checkpoint
+from hlbgpt.runs.folder import CONFIG
 from hlbgpt.utils.errors import InputError
 
 CONFIG_KEY = "hlbgpt_config"  # of the config within a checkpoint
@@ -37,28 +36,6 @@ def config_name(configs: list[Any] | None) -> str:
     paths = [Path(str(config)).resolve() for config in configs]
     path = ([path for path in paths if path.parent.name != "machines"] or paths)[-1]
     return path.parents[1].name if path.name == CONFIG else path.stem
-
-
-def with_saved_config(arguments: list[str]) -> list[str]:
-    """Add the config of the checkpoint's run to the arguments unless they name a config."""
-    names = [argument.partition("=")[0] for argument in arguments]
-    if {"--config", "-c", "--help", "-h", "--print_config"} & set(names):
-        return arguments
-    checkpoints = [
-        argument.partition("=")[2] or after
-        for argument, after in zip(arguments, [*arguments[1:], ""], strict=True)
-        if argument.partition("=")[0] == "--ckpt_path"
-    ]
-    if not checkpoints:
-        return arguments
-    path = newest_checkpoint(None) if checkpoints[-1] == "last" else Path(checkpoints[-1])
-    config = folder_of(path) / CONFIG
-    if not config.is_file():
-        return arguments
-    command, *rest = arguments
-    print(f"settings: {config}", file=sys.stderr)
-    # The last --ckpt_path counts: this one names the file even if the user wrote "last".
-    return [command, "--config", str(config), *rest, "--ckpt_path", str(path)]
 
 
 def changed_settings(stored: str, now: str) -> list[str]:

@@ -40,6 +40,13 @@ class RunLogger(TensorBoardLogger):
 
     _by_tokens: SummaryWriter | None = None
 
+    def __init__(self) -> None:
+        super().__init__("runs", name="", version="", default_hp_metric=False)
+
+    def open_in(self, folder: Path, step: int = 0, tokens: int = 0) -> None:
+        """Write to the run's folder, and hide what was logged there after `step`."""
+        self._root_dir, self._kwargs["purge_step"] = str(folder), step
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log scalars by step, and the losses among them also by tokens."""

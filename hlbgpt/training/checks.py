@@ -99,6 +99,25 @@ def require_clipping_works(trainer: L.Trainer, optimizer: Optimizer) -> None:
         )
 
 
+def require_monitored_metrics(trainer: L.Trainer) -> None:
+    """Raise InputError for a callback whose `monitor` is not logged; after a validation.
+
+    Lightning's own callbacks would say so with a traceback. After the sanity check, metrics of
+    training are not there yet.
+    """
+    logged = trainer.callback_metrics
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if not isinstance(name, str) or name in logged or not getattr(callback, "strict", True):
+            continue
+        if not trainer.sanity_checking or name.startswith("val"):
+            raise InputError(
+                f"{type(callback).__name__}: no metric {name!r} is logged, which it monitors; "
+                f"choose one of {', '.join(sorted(logged))}"
+            )
+
+
 def require_one_device(trainer: L.Trainer) -> None:
     """Raise InputError for several devices, where each would print some of the texts."""
     if trainer.world_size > 1:

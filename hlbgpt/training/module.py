@@ -222,7 +222,22 @@ class LanguageModule(step.MicroBatchedModule):
             self.trainer.should_stop = True
         resume.restore_random_state(state["random"], self.global_rank, self.device)
 
+    @property
+    def flops_per_batch(self) -> int:
+        """FLOPs of the current batch on this device, for Lightning's `ThroughputMonitor`."""
+        micro_batches, windows, length = self.step_shape
+        passes = 3  # forward, and the backward pass, which takes twice as many
+        if not self.trainer.training:
+            windows, length = self.data.eval_batch_size, self.data.eval_sequence_length
+            micro_batches = passes = 1
+        forward = self.net.flops_per_token(length) / 3
+        return round(passes * forward * micro_batches * windows * length)
+
     # --- evaluation and generation ------------------------------------------------------------
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, vocab_size) of tokens (B, T) int64."""
+        return self.net(tokens)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.evaluation.update(self.net, batch)
@@ -231,6 +246,8 @@ class LanguageModule(step.MicroBatchedModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("validation", "val")
+        if self._fitting:  # callbacks have logged theirs before this hook
+            checks.require_monitored_metrics(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", "test")

@@ -49,6 +49,11 @@ def _generator(device: torch.device) -> Any:
     return torch.cuda if device.type == "cuda" else torch.get_device_module(device)
 
 
+def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Steps made and tokens seen when `checkpoint` was written."""
+    return checkpoint["global_step"], checkpoint[KEY]["tokens_seen"]
+
+
 # --- checks ---------------------------------------------------------------------------------------
 
 

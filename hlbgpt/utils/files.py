@@ -3,38 +3,40 @@
 import contextlib
 import glob
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock on a file or folder; the system releases it if the process dies.
+def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold an exclusive lock on a folder; the system releases it if the process dies.
 
-    On systems without `flock` (Windows) there is no lock, and every process is let through.
+    Where the file system has no locks, a line says so and every process is let through.
 
     Args:
-        path: An existing file or folder.
+        folder: An existing folder, which gets a file `.lock`.
         wait: Whether to wait for a lock that another process holds.
 
     Yields:
         Whether this process holds the lock; always True with `wait`.
     """
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
     try:
-        import fcntl
-    except ImportError:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except NotImplementedError:  # what filelock makes of ENOSYS
+        sys.stderr.write(f"{folder}: no file locks here; start only one process for this folder\n")
         yield True
         return
-    handle = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield True
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @contextlib.contextmanager

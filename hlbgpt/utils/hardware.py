@@ -7,6 +7,7 @@ import sys
 from typing import NamedTuple
 
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 
 from hlbgpt.utils.errors import InputError
 
@@ -45,6 +46,19 @@ def gpu_of(device: torch.device) -> GPU | None:
         return None
     name = re.sub(r"^(NVIDIA|Tesla) ", "", device_name(device))
     return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, name)), None)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of dense bf16 products: of the table, else of Lightning's; None if unknown."""
+    if device.type != "cuda":
+        return None
+    if (gpu := gpu_of(device)) is not None:
+        return gpu.flops
+    # Lightning's table goes by parts of names, and these are less than the GPU of that name.
+    if re.search(r"MIG|Laptop|Max-Q", device_name(device)):
+        return None
+    found = get_available_flops(device, torch.bfloat16)
+    return float(found) if found else None
 
 
 def gpu_named(name: str) -> GPU:

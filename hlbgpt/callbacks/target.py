@@ -1,0 +1,90 @@
+"""A target: a value that a metric has to meet, and a milestone on the way to it."""
+
+from typing import Any, Literal
+
+import lightning as L
+
+from hlbgpt.training.module import LanguageModule
+from hlbgpt.utils.errors import InputError
+
+
+class Target(L.Callback):
+    """Base of callbacks that wait for a metric to meet a value.
+
+    Args:
+        monitor: Logged metric to watch, of the project's or of another callback's.
+        target: Value to be met.
+        mode: `min` if the metric falls to the target, `max` if it rises to it.
+    """
+
+    def __init__(self, monitor: str, target: float, mode: Literal["min", "max"]) -> None:
+        self.monitor, self.target, self.mode = monitor, target, mode
+
+    def is_met(self, value: float) -> bool:
+        """Whether this `value` of the metric meets the target."""
+        return value <= self.target if self.mode == "min" else value >= self.target
+
+    def read(self, trainer: L.Trainer) -> float:
+        """The metric's value of the validation that was just made."""
+        return float(trainer.callback_metrics[self.monitor])
+
+
+class Milestone(Target):
+    """A second target, which does not stop the run: notes when it was met.
+
+    The time is that of the run's clock, `train_seconds`. It is printed, and `record.json` lists it
+    under `milestones`. The run needs its `TimeToTarget`, which runs the clock.
+
+    Args:
+        monitor: Logged metric to watch.
+        target: Value to be met.
+        mode: `min` if the metric falls to the target, `max` if it rises to it.
+    """
+
+    def __init__(
+        self, target: float, monitor: str = "val_loss", mode: Literal["min", "max"] = "min"
+    ) -> None:
+        super().__init__(monitor, target, mode)
+        self.met: dict[str, Any] | None = None  # value, step, tokens and train_seconds
+
+    @property
+    def state_key(self) -> str:
+        """Tells several milestones of a run apart in its checkpoint."""
+        return f"Milestone({self.monitor}, {self.mode}, {self.target})"
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if all(isinstance(c, Milestone) for c in callbacks if isinstance(c, Target)):
+            raise InputError(
+                f"{type(self).__name__}: the run has no time_to_target, whose clock it reads; "
+                "take both out, or neither"
+            )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModule)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.met is not None:
+            return
+        if not self.is_met(value := self.read(trainer)):
+            return
+        self.met = {
+            "value": value,
+            "step": trainer.global_step,
+            "tokens": pl_module.tokens_seen,
+            "train_seconds": pl_module.clock.seconds,
+        }
+        pl_module.print(
+            f"milestone: {self.monitor} {value:.4f} (target {self.target:g}) at step "
+            f"{trainer.global_step} after {pl_module.tokens_seen / 1e6:.2f}M tokens: "
+            f"{pl_module.clock.seconds:.1f} s of training"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """What `record.json` says of this milestone."""
+        asked = {"monitor": self.monitor, "target": self.target, "mode": self.mode}
+        return {**asked, "reached": self.met is not None, **(self.met or {})}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"met": self.met}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.met = state_dict["met"]
