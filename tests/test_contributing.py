@@ -132,7 +132,8 @@ def problems(row: dict[str, str], results: dict[str, Any]) -> list[str]:
         "p is not below 0.01": found["target_p"] is not None and found["target_p"] < 0.01,
         "the target is not 3.8": (results["monitor"], results["target"]) == (["val_loss"], ["3.8"]),
         "the hardware is another": results["device"] == [row["hardware"]],
-        "more than one revision": len(results["git_revision"]) == 1,
+        "the revision is not one, or has changes": len(results["git_revision"]) == 1
+        and not results["git_revision"][0].endswith("-dirty"),
     }
     shown = variant_row(found)
     cells = [f"{name} should be {shown[name]}" for name in COPIED if row[name] != shown[name]]
@@ -148,7 +149,7 @@ def test_records_are_what_their_results_say(track: str) -> None:
 def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
     """The problems of a record that was made up."""
     record = {"monitor": "val_loss", "target": 3.8, "device": "GPU", "torch": "2.13.0"}
-    record |= {"git_revision": "abc", "tokens": 20_000_000}
+    record |= {"git_revision": changes.pop("revision", "abc"), "tokens": 20_000_000}
     record |= {"train_seconds": 30.0, "compile_seconds": 60.0, "wall_seconds": 100.0}
     runs = []
     for seed in set(range(count)) - {changes.get("left_out")}:
@@ -169,6 +170,7 @@ def test_a_row_has_to_keep_the_rules() -> None:
     assert example(count=12, failed=3) == ["a run failed", "p is not below 0.01"]
     assert example(mean=3.7997) == ["p is not below 0.01"]
     assert example(hardware="CPU") == ["the hardware is another"]
+    assert example(revision="abc-dirty") == ["the revision is not one, or has changes"]
     assert example(date="today") == ["the date is not YYYY-MM-DD"]
     assert example(config="[speedrun](speedrun.yaml)") == ["the config is not in configs/"]
     assert example(tokens="10,000,000 ± 0") == ["tokens should be 20,000,000 ± 0"]
