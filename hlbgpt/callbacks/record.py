@@ -61,7 +61,7 @@ def summary(record: dict[str, Any]) -> str:
     for name, figure in _figures(record).items():
         table.add_row(name, figure)
     text = io.StringIO()
-    Terminal(file=text, width=100).print(table)
+    Terminal(file=text, width=100, force_jupyter=False).print(table)
     return f"{verdict}\n{text.getvalue().rstrip()}"
 
 
