@@ -24,8 +24,8 @@ usage: hlbgpt COMMAND [--config FILE ...] [--SETTING VALUE ...]
   hlbgpt fit --ckpt_path last                     resume the newest run
   hlbgpt predict --ckpt_path last --data.prompts 'The '
 
-hlbgpt COMMAND --help explains every setting. --version prints the versions. --print_shtab bash
-(or zsh, tcsh) prints a script for completion in the shell; it needs the package shtab.
+hlbgpt COMMAND --help explains every setting, and --version prints the versions. For completion in
+the shell: pip install shtab, and eval "$(hlbgpt --print_completion shtab-bash)" (or shtab-zsh).
 """
 
 

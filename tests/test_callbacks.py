@@ -23,7 +23,7 @@ from hlbgpt.callbacks import (
 from hlbgpt.callbacks.step_shape import EstimatedBatchSize
 from hlbgpt.data import TrainLoader
 from hlbgpt.runs import load_checkpoint
-from hlbgpt.utils.clock import Stopwatch, process_seconds
+from hlbgpt.utils.clock import Stopwatch, begin_run, run_seconds
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.git import git_revision
 
@@ -295,12 +295,14 @@ def test_stopwatch_adds_laps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.seconds == 9.0
 
 
-def test_process_seconds_counts_from_the_birth_of_the_process() -> None:
-    before = process_seconds()
+def test_a_run_begins_with_its_process_or_when_it_is_told() -> None:
+    before = run_seconds()
     time.sleep(0.05)
-    after = process_seconds()
+    after = run_seconds()
     assert 0.05 <= after - before < 30
     assert before > time.process_time() / (torch.get_num_threads() + 8)
+    begin_run()
+    assert run_seconds() < before
 
 
 # --- HLB010BatchSize ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hlbgpt.callbacks.record import log_record, make_record, summary
 from hlbgpt.callbacks.target import Target
 from hlbgpt.runs.folder import RECORD, run_folder
 from hlbgpt.training.module import LanguageModule
-from hlbgpt.utils.clock import Stopwatch, process_seconds, synchronize
+from hlbgpt.utils.clock import Stopwatch, run_seconds, synchronize
 from hlbgpt.utils.files import atomic_write
 
 
@@ -23,7 +23,8 @@ class TimeToTarget(Target):
       spent on making batches.
     - `compile_seconds`: compilation on dummy data before the first step. What compiles later, on
       real data, counts as training.
-    - `wall_seconds`: from the start of the process to the target, everything included.
+    - `wall_seconds`: from the start of the process, or the call of `hlbgpt.fit`, to the target,
+      everything included.
 
     The clocks continue where a checkpoint left them. The figures are printed, logged, and written
     to `record.json` in the run's folder, also if the run ends without meeting the target.
@@ -125,7 +126,7 @@ class TimeToTarget(Target):
             "validation_seconds": self._validation.seconds,
             "checkpoint_seconds": self._checkpoint.seconds,
             "compile_seconds": self._before["compile_seconds"] + self._compile_seconds,
-            "wall_seconds": self._before["wall_seconds"] + process_seconds(),
+            "wall_seconds": self._before["wall_seconds"] + run_seconds(),
         }
 
     def state_dict(self) -> dict[str, Any]:

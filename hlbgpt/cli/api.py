@@ -13,6 +13,7 @@ from hlbgpt.cli.main import one_line_errors, run
 from hlbgpt.cli.run_callbacks import as_list
 from hlbgpt.generation import PretrainedModel
 from hlbgpt.runs.folder import CONFIG, RECORD, run_folder
+from hlbgpt.utils.clock import begin_run
 from hlbgpt.utils.errors import InputError
 
 
@@ -46,6 +47,7 @@ def fit(
         InputError: the run cannot be made as asked; the message says what to change.
         DivergedError: training ran into numbers that are not finite.
     """
+    begin_run()  # in a notebook the process is older
     configs = [config] if isinstance(config, (str, Path)) else list(config)
     words = [word for path in configs for word in ("--config", str(path))]
     words += [f"--{key}={_as_yaml(value)}" for key, value in settings.items()]

@@ -8,9 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -83,7 +85,16 @@ def _parse(
     # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if words and words[0].startswith("--print_completion"):
+        _offer_completion()
     return CLI(checked(words), callbacks, device)
+
+
+def _offer_completion() -> None:
+    """Let the parser know `--print_completion`, which it knows on request only."""
+    if find_spec("shtab") is None:
+        raise InputError("--print_completion: needs the package shtab; run pip install shtab")
+    set_parsing_settings(add_print_completion_argument=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A stopwatch and the age of this process."""
+"""A stopwatch, and the seconds since a run began."""
 
 import os
 import time
@@ -49,9 +49,15 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def process_seconds() -> float:
-    """Seconds since this process started, without those in which the machine was suspended."""
-    return _AGE_AT_IMPORT + time.monotonic() - _IMPORTED
+def begin_run() -> None:
+    """Let `run_seconds` count from now; without this call it counts from the process's start."""
+    global _began
+    _began = time.monotonic()
+
+
+def run_seconds() -> float:
+    """Seconds since the run began, without those in which the machine was suspended."""
+    return time.monotonic() - _began
 
 
 def _process_age() -> float:
@@ -64,4 +70,4 @@ def _process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
-_IMPORTED, _AGE_AT_IMPORT = time.monotonic(), _process_age()
+_began = time.monotonic() - _process_age()
