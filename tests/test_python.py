@@ -11,10 +11,14 @@ import lightning as L
 import pytest
 import torch
 from conftest import CONFIGS, LAST, QUICKSTART, fitting
+from helpers import fit as train
+from helpers import read_record
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
 import hlbgpt as package
 from hlbgpt import PretrainedModel, fit
+from hlbgpt.callbacks import LastCheckpoint, TimeToTarget
 from hlbgpt.data import PythonDocs, TokenDataModule
 from hlbgpt.data.tokenizer import load_tokenizer
 from hlbgpt.generation import SamplingConfig, generate
@@ -146,6 +150,20 @@ def test_plain_objects_and_lightnings_own_trainer(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(InputError, match="contains no config"):
         PretrainedModel.from_checkpoint(tmp_path / "plain.ckpt")
+
+
+@pytest.mark.parametrize("logger", [False, True, "csv"])
+def test_each_trainer_without_a_folder_gets_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: bool | str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        log: Any = CSVLogger("logs") if logger == "csv" else logger
+        callbacks = [TimeToTarget(target=1.0), LastCheckpoint()]
+        train(folder, tmp_path, *callbacks, logger=log, default_root_dir=None)
+        place = Path(f"runs/default/version_{number}")
+        assert read_record(place)["step"] == 8
+        assert (place / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize(

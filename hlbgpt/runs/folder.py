@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -16,20 +17,25 @@ from hlbgpt.utils.files import locked
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
 _CLAIMED = "HLBGPT_RUN_FOLDER"  # environment variable, for the ranks that Lightning launches
+_FOLDERS: WeakKeyDictionary[L.Trainer, Path | None] = WeakKeyDictionary()  # of trainers without one
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
     """The folder of the run that `trainer` fits; None for a `fast_dev_run`, which keeps nothing.
 
-    It is `trainer.default_root_dir`, or the logger's folder where that is not set. The ranks agree
-    on it, so all of them must ask.
+    It is `trainer.default_root_dir`, which the command line sets. Where that is not set, each
+    trainer gets a new folder in `runs/default`. It never depends on the logger. The ranks agree on
+    it, so all of them must ask.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     root = Path(trainer.default_root_dir)
-    if root == Path.cwd() and trainer.log_dir is not None:
-        return Path(trainer.log_dir)
-    return root
+    if root != Path.cwd():
+        return root
+    if trainer not in _FOLDERS:
+        folder = _new_folder(RUNS / "default") if trainer.is_global_zero else None
+        _FOLDERS[trainer] = trainer.strategy.broadcast(folder)
+    return _FOLDERS[trainer]
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -88,6 +94,11 @@ def claim_folder(parent: Path) -> Path:
             "trainer.default_root_dir: several processes were started, by torchrun or srun; name "
             "the run's folder for all of them"
         )
+    return reclaim_folder(_new_folder(parent))
+
+
+def _new_folder(parent: Path) -> Path:
+    """Make the first version_N in `parent` that does not exist."""
     number = 0
     while True:
         folder = parent / f"version_{number}"
@@ -101,7 +112,7 @@ def claim_folder(parent: Path) -> Path:
                 "be written to, or set --trainer.default_root_dir"
             ) from error
         else:
-            return reclaim_folder(folder)
+            return folder
 
 
 def reclaim_folder(folder: Path) -> Path:
