@@ -2,21 +2,24 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from hlbgpt.__main__ import COMMANDS, DESCRIPTION
 from hlbgpt.cli.config_checks import check_trainer_settings, require_run_name
 from hlbgpt.cli.parser import Parser, constructor_error
-from hlbgpt.cli.run_callbacks import add_run_callbacks, as_list, require_no_second
+from hlbgpt.cli.run_callbacks import (
+    add_run_callbacks,
+    as_list,
+    require_no_second,
+    without_unused,
+)
 from hlbgpt.cli.save_config import SaveConfig
 from hlbgpt.cli.words import find_last, no_checkpoint, require_file
 from hlbgpt.data import TokenDataModule
@@ -187,17 +190,7 @@ class CLI(LightningCLI):
         keys = self._parser(self.subcommand).callback_keys
         given = {key: made[key] for key in keys if made[key] is not None}
         require_no_second(settings.callbacks, given)
-        if settings.enable_checkpointing is False:
-            given.pop("checkpoint", None)
-        elif "checkpoint" not in given and not _any_is(settings.callbacks, Checkpoint):
-            kwargs["enable_checkpointing"] = False  # Lightning would add one of its own
-        own_bar = _any_is(settings.callbacks, ProgressBar)
-        if own_bar or settings.enable_progress_bar is False or self.subcommand != "fit":
-            given.pop("console", None)
-        if "console" not in given and settings.enable_progress_bar is None:
-            # Not between the texts that `predict` prints.
-            shown = self.subcommand in ("validate", "test") and sys.stdout.isatty()
-            kwargs["enable_progress_bar"] = own_bar or shown
+        kwargs |= without_unused(given, settings, str(self.subcommand))
         keys[:] = list(given)
         if self.subcommand != "fit":
             kwargs["logger"] = [x for x in as_list(settings.logger) if _is_of_user(x)] or False
@@ -278,10 +271,6 @@ class CLI(LightningCLI):
 
 def _same(folder: Path, other: Path) -> bool:
     return folder.resolve() == other.resolve()
-
-
-def _any_is(callbacks: Sequence[Any], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
 
 
 def _is_of_user(logger: Any) -> bool:

@@ -1,11 +1,12 @@
 """The callbacks that every run has unless its config says otherwise, each under a key."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from docstring_parser import parse
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from hlbgpt.callbacks import Console, LastCheckpoint, StopOnDivergence, TimeToTarget, TokenSchedule
@@ -64,3 +65,28 @@ def require_no_second(callbacks: Sequence[L.Callback], given: dict[str, Any]) ->
             f"--{key} {kind.__module__}.{kind.__name__}, or set {key} to null"
             + (also if base is TimeToTarget else "")
         )
+
+
+def without_unused(given: dict[str, L.Callback], trainer: Any, command: str) -> dict[str, Any]:
+    """Take out of `given`, callbacks by their keys, those that the command does not use.
+
+    Returns what follows from that for the settings of the trainer, which would otherwise get a
+    progress bar and a checkpoint callback of Lightning's.
+    """
+    changed: dict[str, Any] = {}
+    if trainer.enable_checkpointing is False:
+        given.pop("checkpoint", None)
+    elif "checkpoint" not in given and not _has(trainer.callbacks, Checkpoint):
+        changed["enable_checkpointing"] = False
+    own_bar = _has(trainer.callbacks, ProgressBar)
+    if own_bar or trainer.enable_progress_bar is False or command != "fit":
+        given.pop("console", None)
+    if "console" not in given and trainer.enable_progress_bar is None:
+        # Not between the texts that `predict` prints.
+        shown = command in ("validate", "test") and sys.stdout.isatty()
+        changed["enable_progress_bar"] = own_bar or shown
+    return changed
+
+
+def _has(callbacks: Sequence[Any], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
