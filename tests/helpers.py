@@ -106,6 +106,11 @@ def error(ours: torch.Tensor, exact: torch.Tensor, least: float = 0.0) -> float:
     return (ours - exact).norm().item() / size
 
 
+def names(folder: Path) -> list[str]:
+    """Names of the files in a folder but that of its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 

@@ -148,7 +148,13 @@ def test_records_are_what_their_results_say(track: str) -> None:
 
 def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
     """The problems of a record that was made up."""
-    record = {"monitor": "val_loss", "target": 3.8, "device": "GPU", "torch": "2.13.0"}
+    record = {
+        "monitor": "val_loss",
+        "target": 3.8,
+        "mode": "min",
+        "device": "GPU",
+        "torch": "2.13.0",
+    }
     record |= {"git_revision": changes.pop("revision", "abc"), "tokens": 20_000_000}
     record |= {"train_seconds": 30.0, "compile_seconds": 60.0, "wall_seconds": 100.0}
     runs = []

@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import names
 
 from hlbgpt.utils.files import atomic_write, locked
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:

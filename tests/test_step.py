@@ -191,7 +191,7 @@ def test_norms_of_groups_are_those_of_the_whole_step(folder: Path, tmp_path: Pat
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
             logged[step] = dict(metrics)
 
-    logger = Logger(tmp_path, name="", version="")
+    logger = Logger()
     run = trainer(tmp_path, max_steps=1, log_every_n_steps=1, callbacks=[steps], logger=logger)
     run.fit(module, data)
     net = small_gpt()
@@ -296,7 +296,7 @@ def test_checkpoints_rates_and_averages_count_optimizer_steps(folder: Path, tmp_
         tmp_path,
         max_steps=5,
         log_every_n_steps=1,
-        logger=Logger(tmp_path, name="", version=""),
+        logger=Logger(),
         callbacks=[Watch(), checkpoints, LearningRateMonitor("step"), average],
     )
     run.fit(module, data)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import names
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,19 +55,19 @@ def test_a_file_holds_the_tokens_and_says_what_they_are(tmp_path: Path) -> None:
     header = file.header
     assert (header.tokenizer, header.tokens, header.text_bytes) == ("bytes", len(text), len(text))
     file.verify()
-    assert [path.name for path in file.path.parent.iterdir()] == ["a.tokens"]
+    assert names(file.path.parent) == ["a.tokens"]
 
 
 def test_a_build_that_stops_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the machine stopped"):
         build(tmp_path / "a.tokens", Lines(1000, fails_at=900))
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 def test_an_empty_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the train split is empty"):
         build(tmp_path / "a.tokens", Lines(0))
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"data: .*a\.tokens: No space left on device; "):
         build(tmp_path / "a.tokens")
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_four_processes_build_a_file_once(tmp_path: Path) -> None:
     children = [in_child(lambda: prepare(path, source)) for _ in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert len(list(tmp_path.glob("read_by_*"))) == 1
-    assert [path.name for path in path.parent.iterdir()] == ["a.tokens"]
+    assert names(path.parent) == ["a.tokens"]
     TokenFile(path).verify()
 
 
@@ -216,7 +217,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -
         assert not path.exists()
         assert len(list(path.parent.glob(".*.tmp"))) == 1
     prepare(path, Lines(300))
-    assert [path.name for path in path.parent.iterdir()] == ["a.tokens"]
+    assert names(path.parent) == ["a.tokens"]
     TokenFile(path).verify()
 
 
@@ -228,7 +229,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 
     with pytest.raises(InputError, match="changed while it was tokenized"):
         build(tmp_path / "a.tokens", Changing(10))
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 class SameFingerprint(Lines):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hlbgpt.models import Network
-from hlbgpt.utils.hardware import peak_flops
+from hlbgpt.utils.hardware import gpu_of
 
 
 class Throughput:
@@ -26,8 +26,8 @@ class Throughput:
 
     def set_peak(self, device: torch.device, world_size: int) -> None:
         """Look up the peak of `world_size` devices like `device`."""
-        peak = peak_flops(device)
-        self.peak = peak * world_size if peak else None
+        gpu = gpu_of(device)
+        self.peak = gpu.flops * world_size if gpu else None
 
     def begin(self) -> None:
         """Begin to measure; the network's FLOPs may have changed with the token counts."""

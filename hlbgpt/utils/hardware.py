@@ -7,7 +7,6 @@ import sys
 from typing import NamedTuple
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from hlbgpt.utils.errors import InputError
 
@@ -26,6 +25,8 @@ class GPU(NamedTuple):
 # Sources: NVIDIA's data sheets of A100, H100, H200, L4 and T4 (figures "with sparsity" are halved)
 # and the GA102 and Ada whitepapers for RTX 3090 and 4090. The T4 has no bf16; its figure is fp16.
 # Patterns fit whole names because a laptop's 4090, an H100 NVL or a MIG slice is another GPU.
+# Lightning's `get_available_flops` goes by parts of names: it takes an L40S for an L4, an RTX A4000
+# for an A40 and a MIG slice for the whole GPU, so the MFU would be wrong without a word.
 GPUS = (
     GPU("A100", r"A100-(SXM4|PCIE)-40GB", 312e12, 19.5e12, 1.555e12, 40e9),
     GPU("A100-80GB", r"A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9),
@@ -46,19 +47,6 @@ def gpu_of(device: torch.device) -> GPU | None:
         return None
     name = re.sub(r"^(NVIDIA|Tesla) ", "", device_name(device))
     return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, name)), None)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of dense bf16 products: of the table, else of Lightning's; None if unknown."""
-    if device.type != "cuda":
-        return None
-    if (gpu := gpu_of(device)) is not None:
-        return gpu.flops
-    # Lightning's table goes by parts of names, and these are less than the GPU of that name.
-    if re.search(r"MIG|Laptop|Max-Q", device_name(device)):
-        return None
-    found = get_available_flops(device, torch.bfloat16)
-    return float(found) if found else None
 
 
 def gpu_named(name: str) -> GPU:
