@@ -12,6 +12,7 @@ from typing import Any
 import benchmark
 import optuna
 import pytest
+import rich
 import sweep
 import yaml
 from benchmark_results import BenchmarkRun, summarize, variant_row
@@ -225,6 +226,7 @@ def test_the_cells_of_the_notebook_run(
     monkeypatch.setenv("MPLBACKEND", "agg")
     shell = type("ZMQInteractiveShell", (), {})  # by which libraries know a notebook
     monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    monkeypatch.setattr(rich, "_console", None)  # which would stay one of a notebook
     Path("configs").symlink_to(CONFIGS)
     install, *cells = sources("code")
     assert "git clone" in install
