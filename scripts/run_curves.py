@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 
 from hlbgpt.runs.config import flat_settings
 from hlbgpt.runs.folder import CONFIG, RECORD
-from hlbgpt.runs.logger import BY_TOKENS, tag
+from hlbgpt.runs.logger import scalars, tag, tag_by_tokens
 from hlbgpt.utils.errors import InputError
 
 TOKENS, STEPS, SECONDS = AXES = ("million tokens", "steps", "seconds of training")
@@ -76,7 +76,7 @@ def read_run(folder: Path, name: str = "") -> RunCurves:
     """Read the run in `folder`."""
     record = folder / RECORD
     by_step = scalars(folder)
-    loss = scalars(folder / BY_TOKENS).get(f"loss_{BY_TOKENS}/val_loss", [])
+    loss = by_step.get(tag_by_tokens("val_loss"), [])
     return RunCurves(
         folder=folder,
         name=name or _default_name(folder),
@@ -89,15 +89,6 @@ def read_run(folder: Path, name: str = "") -> RunCurves:
         },
         rates={key: _curve(by_step[key]) for key in by_step if key.startswith("lr/")},
     )
-
-
-def scalars(folder: Path) -> dict[str, list[ScalarEvent]]:
-    """Every TensorBoard curve in `folder`, without steps that a resumed run repeated."""
-    if not folder.is_dir():
-        return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {name: events.Scalars(name) for name in events.Tags()["scalars"]}
 
 
 def _curve(events: Sequence[ScalarEvent], x: str = "step", scale: float = 1.0) -> Curve:

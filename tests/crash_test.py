@@ -9,7 +9,6 @@ must have the weights, optimizer, clock and curves of the first. POSIX only.
 """
 
 import argparse
-import logging
 import os
 import random
 import signal
@@ -22,11 +21,10 @@ from pydoc_data.topics import topics
 from typing import Any, NoReturn
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hlbgpt.__main__ import main as hlbgpt
 from hlbgpt.runs import load_checkpoint
-from hlbgpt.runs.logger import BY_TOKENS
+from hlbgpt.runs.logger import HEADLINE, RESULT, scalars
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart/version_0")
@@ -104,12 +102,12 @@ def outcome(folder: Path) -> dict[str, Any]:
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of every curve as TensorBoard shows it, but those that measure time."""
     found = {}
-    for folder in (run, run / BY_TOKENS):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        events.Reload()
-        for name in events.Tags()["scalars"]:
-            if not any(word in name for word in ("second", "memory", "mfu")):
-                found[name] = [(point.step, point.value) for point in events.Scalars(name)]
+    for name, points in scalars(run).items():
+        if any(word in name for word in ("second", "memory", "mfu")):
+            continue
+        if name.startswith((RESULT, HEADLINE)):  # twice if killed before the record was written
+            points = points[-1:]
+        found[name] = [(point.step, point.value) for point in points]
     return found
 
 
@@ -194,7 +192,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = arguments(_write_text(folder / "text"), options.steps)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from hlbgpt.callbacks import LastCheckpoint
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.models import GPT, Network
+from hlbgpt.runs import RunLogger
 from hlbgpt.training.module import LanguageModule
 
 
@@ -109,6 +110,24 @@ def error(ours: torch.Tensor, exact: torch.Tensor, least: float = 0.0) -> float:
 def names(folder: Path) -> list[str]:
     """Names of the files in a folder but that of its lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def number_events(folder: Path) -> None:
+    """Name event files in their order, which TensorBoard takes from their names.
+
+    Runs of one process within a second are told apart by a counter that sorts 10 before 9.
+    """
+    files = sorted(folder.glob("events*"), key=lambda f: f.stat().st_mtime_ns)
+    for number, file in enumerate(files):
+        file.rename(folder / f"events.out.tfevents.0{number:03}")
+
+
+def open_logger(folder: Path, step: int = 0, tokens: int = 0) -> RunLogger:
+    """The logger of a run in `folder`, which continues after `step` steps, if any."""
+    number_events(folder)
+    logger = RunLogger()
+    logger.open_in(folder, step, tokens)
+    return logger
 
 
 def read_record(folder: Path) -> dict[str, Any]:

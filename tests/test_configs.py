@@ -23,19 +23,19 @@ def test_config_runs(config: Path, hlbgpt, tiny: list[str]) -> None:
         "quality/val_bits_per_byte",
         "quality/val_accuracy",
         "lr/block_matrices",
-        "update_norm/block_matrices",
-        "grad_norm/block_matrices",
+        "weight_update_norm/block_matrices",
+        "weight_gradient_norm/block_matrices",
         "schedule/step_tokens",
-        "grad_norm/total",
+        "weight_gradient_norm/total",
         "progress/tokens_seen",
         "speed/tokens_per_second",
         "schedule/micro_batches_per_step",
-        "time_to_target/train_seconds",
-        "time_to_target/reached",
+        "loss-and-time/train_seconds",
+        "loss-and-time/reached",
     }
     losses = events.Scalars("loss/val_loss")
     assert all(math.isfinite(point.value) for point in losses)
     assert losses[-1].value < losses[0].value < math.log(256) + 0.5
-    assert len(events.Scalars("time_to_target/train_seconds")) == 1
+    assert len(events.Scalars("loss-and-time/train_seconds")) == 1
     steps = [point.step for point in events.Scalars("loss/train_loss")]
     assert steps == sorted(set(steps))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from torch.utils.tensorboard import SummaryWriter
+from helpers import open_logger
 
 pytest.importorskip("matplotlib")
 import plot
@@ -34,24 +34,18 @@ def write_run(
     losses: Sequence[float],
     seed: int = 0,
     finished: bool = True,
-    purge_step: int | None = None,
-    first_step: int = 10,
+    resumed_at: int = 0,
     record: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
     """Write the files of a run that validated and logged every ten steps."""
-    tokens = None if purge_step is None else purge_step * STEP_TOKENS
-    by_step = SummaryWriter(str(folder), purge_step=purge_step)
-    by_tokens = SummaryWriter(str(folder / "by_tokens"), purge_step=tokens)
-    for step, loss in enumerate(losses):
-        step = first_step + 10 * step
-        by_step.add_scalar("loss/val_loss", loss, step)
-        by_step.add_scalar("lr/embeddings", 0.5 / step, step)
-        by_tokens.add_scalar(
-            "loss_by_tokens/val_loss", loss, step * STEP_TOKENS, walltime=0.5 * step
-        )
-    by_step.close()
-    by_tokens.close()
+    logger = open_logger(folder, resumed_at, resumed_at * STEP_TOKENS)
+    for number, loss in enumerate(losses):
+        step = resumed_at + 10 * (number + 1)
+        values = {"val_loss": loss, "lr/embeddings": 0.5 / step}
+        place = {"tokens_seen": step * STEP_TOKENS, "train_seconds": 0.5 * step}
+        logger.log_metrics({**values, **place}, step - 1)  # Lightning counts steps from 0
+    logger.experiment.close()
     config = {
         "seed_everything": seed,
         "time_to_target": {"init_args": {"monitor": "val_loss", "target": 2.0}},
@@ -131,7 +125,7 @@ def test_band_interpolates_linearly() -> None:
 
 def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     write_run(tmp_path, [4, 3.5, 9, 9], finished=False)
-    write_run(tmp_path, [3, 2.5], purge_step=30, first_step=30)
+    write_run(tmp_path, [3, 2.5], resumed_at=20)
     panels = draw_folder(tmp_path)
     for axis, unit in AXES.items():
         x, y = next(iter(lines(panels[axis]).values()))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from crash_test import curves, difference
-from helpers import trainer
+from helpers import open_logger, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes import MAX_STEPS, RECIPES
@@ -18,10 +18,10 @@ from recipes import MAX_STEPS, RECIPES
 from hlbgpt.callbacks import LastCheckpoint, TimeToTarget
 from hlbgpt.data import TextFiles, TokenDataModule
 from hlbgpt.models import GPT, Network
-from hlbgpt.runs import RunLogger, load_checkpoint
+from hlbgpt.runs import load_checkpoint
 from hlbgpt.runs.folder import last_checkpoint
-from hlbgpt.runs.logger import BY_TOKENS
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.resume import progress
 
 
 class Noisy(GPT):
@@ -43,13 +43,13 @@ class StopError(Exception):
 
 
 class StopAfter(L.Callback):
-    """Saves a checkpoint and stops as `LastCheckpoint` does: after step `step` and its validation.
+    """Saves a checkpoint as `LastCheckpoint` does, after step `step` and its validation.
 
-    It is the last of the callbacks.
+    Stops `beyond` steps later. It is the last of the callbacks.
     """
 
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
+    def __init__(self, step: int, path: Path, beyond: int = 0) -> None:
+        self.step, self.path, self.last_step = step, path, step + beyond
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.ends_step and not pl_module.validation_due:
@@ -59,8 +59,11 @@ class StopAfter(L.Callback):
         self.stop(trainer)
 
     def stop(self, trainer: L.Trainer) -> None:
-        if trainer.global_step == self.step and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path, weights_only=False)
+        if trainer.global_step == self.last_step:
             raise StopError
 
 
@@ -94,9 +97,7 @@ def run(
         eval_sequence_length=32,
         eval_batch_size=64,
     )
-    step = None if resume is None else load_checkpoint(resume)["global_step"]
-    logger = RunLogger()
-    logger.open_in(place, step or 0)
+    logger = open_logger(place, *(progress(load_checkpoint(resume)) if resume else ()))
     settings: dict[str, Any] = {
         "max_steps": MAX_STEPS,
         "limit_val_batches": 1.0,
@@ -156,28 +157,19 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def stop_and_resume(
-    folder: Path, place: Path, stops: list[int], **kind: Any
+    folder: Path, place: Path, stops: list[int], beyond: int = 0, **kind: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train with interruptions after each step of `stops`; state and curves at the end."""
+    """Train and save after each step of `stops`, with an interruption `beyond` steps later.
+
+    Returns state and curves at the end.
+    """
     path, resume = place / "stop.ckpt", None
     for step in stops:
         with pytest.raises(StopError):
-            run(folder, place, StopAfter(step, path), resume=resume, **kind)
+            run(folder, place, StopAfter(step, path, beyond), resume=resume, **kind)
         resume = path
-        number_events(place)
     done = run(folder, place, resume=resume, **kind)
     return state_of(*done), curves(place)
-
-
-def number_events(place: Path) -> None:
-    """Name event files in their order, which TensorBoard takes from their names.
-
-    Runs of one process within a second are told apart by a counter that sorts 10 before 9.
-    """
-    for folder in (place, place / BY_TOKENS):
-        files = sorted(folder.glob("events*"), key=lambda f: f.stat().st_mtime_ns)
-        for number, file in enumerate(files):
-            file.rename(folder / f"events.out.tfevents.0{number:03}")
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -198,7 +190,7 @@ def test_resume_is_exact_after_every_step(
 ) -> None:
     state, lines = whole()
     assert len(lines["loss/train_loss"]) == MAX_STEPS
-    assert [at for at, _ in lines["loss/val_loss"]] == [4, 9, 13]  # numbered from 0
+    assert [at for at, _ in lines["loss/val_loss"]] == [5, 10, 14]
     assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
     resumed, continued = stop_and_resume(folder, tmp_path / "run", [step])
     assert_same(state, resumed)
@@ -215,6 +207,20 @@ def test_resume_is_exact_in_every_kind_of_run(
         assert {length for _, length in lines["schedule/sequence_length"]} == {8, 16, 32}
         assert max(size for _, size in lines["schedule/micro_batches_per_step"]) >= 3
     resumed, continued = stop_and_resume(folder, tmp_path / "run", [2, 5, 6, 10, 12], **KINDS[kind])
+    assert_same(state, resumed)
+    assert_same(lines, continued)
+
+
+def test_steps_that_are_made_again_are_in_the_curves_once(
+    folder: Path, tmp_path: Path, whole: Any
+) -> None:
+    """Killed three times, each time some steps after its last checkpoint."""
+    state, lines = whole()
+    assert len(lines["loss/val_loss_by_tokens"]) == len(lines["loss/val_loss"]) == 3
+    assert [value for _, value in lines["loss/train_loss_by_tokens"]] == [
+        value for _, value in lines["loss/train_loss"]
+    ]
+    resumed, continued = stop_and_resume(folder, tmp_path / "run", [3, 5, 9], beyond=4)
     assert_same(state, resumed)
     assert_same(lines, continued)
 

@@ -192,6 +192,7 @@ def test_norms_of_groups_are_those_of_the_whole_step(folder: Path, tmp_path: Pat
             logged[step] = dict(metrics)
 
     logger = Logger()
+    logger.open_in(tmp_path)
     run = trainer(tmp_path, max_steps=1, log_every_n_steps=1, callbacks=[steps], logger=logger)
     run.fit(module, data)
     net = small_gpt()
@@ -292,11 +293,13 @@ def test_checkpoints_rates_and_averages_count_optimizer_steps(folder: Path, tmp_
 
     checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     average = EMAWeightAveraging(decay=0.5)
+    logger = Logger()
+    logger.open_in(tmp_path)
     run = trainer(
         tmp_path,
         max_steps=5,
         log_every_n_steps=1,
-        logger=Logger(),
+        logger=logger,
         callbacks=[Watch(), checkpoints, LearningRateMonitor("step"), average],
     )
     run.fit(module, data)

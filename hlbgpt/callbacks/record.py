@@ -1,7 +1,6 @@
 """The record of a run: its figures as JSON, as a table, and in the logs."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,9 +10,8 @@ from rich.console import Console as Terminal
 from rich.table import Table
 
 from hlbgpt.callbacks.target import Milestone
-from hlbgpt.runs.config import hparams
 from hlbgpt.runs.folder import CONFIG, run_folder
-from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.runs.logger import RESULT
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.git import git_revision
 from hlbgpt.utils.hardware import device_name, driver_version, peak_memory
@@ -84,20 +82,12 @@ def _figures(record: dict[str, Any]) -> dict[str, str]:
 
 
 def log_record(trainer: L.Trainer, record: dict[str, Any]) -> None:
-    """Log the figures as scalars, and with the run's settings in TensorBoard's HParams tab."""
-    sorted_by = {name: record[name] for name in ("train_seconds", "value", "tokens")}  # first
+    """Log the figures to every logger as scalars of the last step."""
     figures = {
-        f"time_to_target/{name}": float(value)
-        for name, value in {**sorted_by, **record}.items()
+        f"{RESULT}/{name}": float(value)
+        for name, value in record.items()
         if isinstance(value, (bool, int, float)) and name not in ("target", "seed", "devices")
     }
-    settings: dict[str, Any] = {name: record[name] for name in ("precision", "device", "seed")}
-    if record["config"]:
-        settings = hparams(Path(record["config"]).read_text(encoding="utf-8")) | settings
-    with_hparams = tensorboard_loggers(trainer.loggers)
-    for logger in with_hparams:
-        logger.log_hyperparams(settings, metrics=figures, step=record["step"])
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=record["step"] - 1)  # Lightning counts steps from 0
         logger.save()
-    for other in trainer.loggers:
-        if other not in with_hparams:
-            other.log_metrics(figures, step=record["step"])

@@ -29,7 +29,7 @@ class Samples(L.Callback):
             At the end of training `model.sampling.max_new_tokens` applies.
     """
 
-    def __init__(self, prompts: list[str] | str, max_new_tokens: int = 32) -> None:
+    def __init__(self, prompts: list[str] | str, max_new_tokens: int = 64) -> None:
         require_positive("Samples ", max_new_tokens=max_new_tokens)
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.max_new_tokens = max_new_tokens
@@ -37,7 +37,7 @@ class Samples(L.Callback):
             raise InputError(f"Samples prompts: {prompts!r} holds no text to continue; add some")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log short samples with the step of this validation's other values."""
+        """Log samples with the step of this validation's other values."""
         assert isinstance(pl_module, LanguageModule)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
@@ -45,10 +45,10 @@ class Samples(L.Callback):
             return
         config = dataclasses.replace(pl_module.sampling, max_new_tokens=self.max_new_tokens)
         texts = self._continue(trainer, pl_module, config)
-        step = trainer.global_step - 1  # Lightning numbers steps from 0
         for logger in loggers:
             for prompt, text in zip(self.prompts, texts, strict=True):
-                logger.experiment.add_text(f"samples/{prompt.strip()}", _as_code(text), step)
+                name = f"samples/{prompt.strip()}"
+                logger.experiment.add_text(name, _as_code(text), trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print samples here because the clock may still be running in `on_train_end`."""

@@ -6,14 +6,16 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hlbgpt.runs.config import CONFIG_KEY
+from hlbgpt.runs.config import CONFIG_KEY, hparams
 from hlbgpt.runs.folder import CONFIG, release_claim, run_folder
 from hlbgpt.runs.logger import tensorboard_loggers
 from hlbgpt.utils.files import atomic_write
+from hlbgpt.utils.hardware import device_name
+from hlbgpt.utils.seed import run_seed
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the run's whole config in its folder, its checkpoints and TensorBoard."""
+    """Saves the run's whole config in its folder and checkpoints, and logs it."""
 
     _text = ""
     _folder = Path()
@@ -44,12 +46,26 @@ class SaveConfig(SaveConfigCallback):
         From here on the run's folder is kept, however the run ends.
         """
         release_claim()
-        for logger in tensorboard_loggers(trainer.loggers):
-            logger.experiment.add_text("config", f"```yaml\n{self._text}\n```", 0)
+        self._log(trainer, pl_module)
         path = self._folder / CONFIG
         if trainer.is_global_zero and path.read_text(encoding="utf-8") != self._text:
             path.replace(path.with_name(f"config.until_step_{trainer.global_step}.yaml"))
             self._write(path)
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Give the settings to every logger; one that cannot take them does not stop the run."""
+        for board in tensorboard_loggers(trainer.loggers):
+            board.experiment.add_text("settings", f"```yaml\n{self._text}\n```", 0)
+        settings = hparams(self._text) | {
+            "precision": str(trainer.precision),
+            "device": device_name(module.device),
+            "seed": run_seed(),
+        }
+        for logger in trainer.loggers:
+            try:
+                logger.log_hyperparams(settings)
+            except Exception as error:  # of any kind: loggers talk to other programs
+                module.print(f"{type(logger).__name__} did not log the settings: {error}")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

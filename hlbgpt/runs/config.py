@@ -14,11 +14,17 @@ _NO_SETTINGS = ("config", "ckpt_path", "weights_only")
 # Settings that a resumed run takes from its checkpoint.
 _KEPT = ("model.optimizer.", "model.lr_scheduler.")
 _CLASSES = ("model.optimizer.class_path", "model.lr_scheduler.class_path", "model.lr_scheduler")
-_HPARAMS = ("seed_everything", "model", "data", "schedule", "time_to_target")
+_HPARAMS = ("model", "data", "schedule", "time_to_target")
 # Settings of these sections that do not change what is learned.
-_NO_HPARAMS = ("data.cache_dir", "data.eval_batch_size", "data.prompts", "model.sampling")
+_NO_HPARAMS = (
+    "data.cache_dir",
+    "data.eval_batch_size",
+    "data.prompts",
+    "model.log_norms",
+    "model.sampling",
+    "time_to_target.verbose",
+)
 _TRAINER_HPARAMS = (
-    "trainer.precision",
     "trainer.max_steps",
     "trainer.devices",
     "trainer.accumulate_grad_batches",
@@ -76,10 +82,11 @@ def flat_settings(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def hparams(config: str) -> dict[str, bool | int | float | str]:
-    """The settings of a config in YAML that distinguish runs, for TensorBoard's HParams.
+    """The settings of a config in YAML that distinguish runs, for the hyperparameters of loggers.
 
     These are all settings of model, data, schedule and target, and those of the trainer that
-    change what is learned. `init_args` and `class_path` are left out of the keys.
+    change what is learned. `init_args` and `class_path` are left out of the keys. Precision and
+    seed are not among them, because what the config leaves open is known to the trainer only.
     """
     found = {}
     for key, value in flat_settings(yaml.safe_load(config) or {}).items():
