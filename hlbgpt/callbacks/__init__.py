@@ -2,6 +2,7 @@
 
 from hlbgpt.callbacks.console import Console
 from hlbgpt.callbacks.divergence import StopOnDivergence
+from hlbgpt.callbacks.gradient_histograms import GradientHistograms
 from hlbgpt.callbacks.hlb010_batch import HLB010BatchSize
 from hlbgpt.callbacks.hlb041_batch import HLB041BatchSize, SequenceLengthDoubling
 from hlbgpt.callbacks.last_checkpoint import LastCheckpoint
@@ -14,6 +15,7 @@ from hlbgpt.callbacks.weight_decay import LossScaledWeightDecay
 
 __all__ = [
     "Console",
+    "GradientHistograms",
     "HLB010BatchSize",
     "HLB041BatchSize",
     "LastCheckpoint",
