@@ -30,7 +30,7 @@ from hlbgpt.callbacks import GradientHistograms
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.runs import RunLogger
 from hlbgpt.runs.config import hparams
-from hlbgpt.runs.logger import HEADLINE, scalars
+from hlbgpt.runs.logger import HEADLINE, scalars, tag
 from hlbgpt.training.step_metrics import StepMetrics
 from hlbgpt.utils.errors import InputError
 
@@ -262,9 +262,9 @@ def test_settings_and_record_go_to_every_logger(
     hlbgpt: Callable[..., str], tiny: list[str]
 ) -> None:
     Path("mine.py").write_text(NOTES)
-    classes = ["mine.Notes", "mine.Refuses", "lightning.pytorch.loggers.CSVLogger"]
-    loggers = [{"class_path": name, "init_args": {"save_dir": name}} for name in classes]
-    del loggers[0]["init_args"]
+    tables = ["mine.Refuses", "lightning.pytorch.loggers.CSVLogger"]
+    loggers: list[Any] = [{"class_path": name} for name in ("mine.Notes", "hlbgpt.runs.RunLogger")]
+    loggers += [{"class_path": name, "init_args": {"save_dir": name}} for name in tables]
     Path("loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
     out = hlbgpt("fit", *QUICKSTART, "--config", "loggers.yaml", *tiny)
     assert "Refuses did not log the settings: cannot log hlbgpt.models.GPT\n" in out
@@ -286,12 +286,16 @@ def test_settings_and_record_go_to_every_logger(
     assert all(type(value) is float for value in last.values())
     assert [step for step, found in logged if "val_loss" in found] == [1, 3]
 
-    for name in classes[1:]:
+    shown = scalars(folder)
+    for name, value in figures.items():
+        (point,) = shown[tag(name)]
+        assert (point.step, point.value) == (4, pytest.approx(float(value)))
+    for name in tables:
         (table,) = Path(name).rglob("metrics.csv")
         rows = list(csv.DictReader(table.open()))
         assert float(rows[-1]["time_to_target/value"]) == pytest.approx(record["value"])
         assert [row["step"] for row in rows if row["val_loss"]] == ["1", "3"]
-    (saved,) = Path(classes[-1]).rglob("hparams.yaml")
+    (saved,) = Path(tables[-1]).rglob("hparams.yaml")
     assert yaml.safe_load(saved.read_text())["model.net.width"] == 16
 
 
