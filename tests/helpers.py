@@ -1,5 +1,6 @@
 """A small network, its data and a trainer, without the command line."""
 
+import itertools
 import json
 import os
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -55,6 +59,26 @@ def trainer(tmp_path: Path, **arguments: Any) -> L.Trainer:
     if any(isinstance(callback, Checkpoint) for callback in arguments.get("callbacks", [])):
         del defaults["enable_checkpointing"]
     return L.Trainer(**(defaults | arguments))
+
+
+def small_ranks(*_: Any, **__: Any) -> dict[bytes, int]:
+    """A vocabulary for any encoding of tiktoken: all bytes, pairs of some, and a few longer."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    merges = [bytes(pair) for pair in itertools.product(b" \n\r\tabtheLls1'./!", repeat=2)]
+    for merge in [*merges, b" \n\n", b"  \n", b" the", b"the", b"'ll", "é".encode()]:
+        ranks.setdefault(merge, len(ranks))
+    return ranks
+
+
+def synthetic_encoding(name: str) -> tiktoken.Encoding:
+    """The encoding `name` with its pattern and special tokens, but a small vocabulary."""
+    public = tiktoken_ext.openai_public
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(public, "load_tiktoken_bpe", small_ranks)
+        patch.setattr(public, "data_gym_to_mergeable_bpe_ranks", small_ranks)
+        arguments = public.ENCODING_CONSTRUCTORS[name]()
+    arguments.pop("explicit_n_vocab", None)
+    return tiktoken.Encoding(**arguments)
 
 
 def sgd(lr: float) -> Any:

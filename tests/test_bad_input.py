@@ -46,7 +46,10 @@ FIT = [
     (["--trainer.accelerator=quantum"], "trainer: You selected an invalid accelerator name"),
     (["--trainer.accelerator=gpu"], "trainer.accelerator: 'gpu' asked for"),
     (["--trainer.precision=fp7"], 'key "trainer.precision": '),
-    (["--data.tokenizer=gpt5"], "data.tokenizer"),
+    (["--data.tokenizer=gpt5"], "data.tokenizer: unknown tokenizer 'gpt5'; there are bytes, gpt2"),
+    (["--data.special_tokens=[<s>, '']"], "data.special_tokens: '' is empty; give each a text of"),
+    (["--data.special_tokens=[<s>, <s>]"], "data.special_tokens: '<s>' is given twice"),
+    (["--data.special_tokens=[<s>]"], "less than the 257 tokens of data.tokenizer bytes with data"),
     (["--time_to_target.mode=up"], 'key "time_to_target.mode": '),
     (["--time_to_target.monitor=val_los"], "no metric 'val_los'"),
     # types

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hlbgpt.data.tokenizer import load_tokenizer
+from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer
 from hlbgpt.generation import (
     SamplingConfig,
     StreamingDetokenizer,
@@ -283,7 +283,8 @@ def test_empty_prompts_and_diverged_networks_are_refused() -> None:
 PIECES = [b"ab", b"ba", b"abc", b"a\xc3", b"\xa9b", b"\xf0\x9f", b"\x99\x82", "é🙂".encode()]
 RANKS = {bytes([byte]): byte for byte in range(256)} | {p: 256 + i for i, p in enumerate(PIECES)}
 ENCODING = tiktoken.Encoding("pieces", pat_str=r"[\s\S]", mergeable_ranks=RANKS, special_tokens={})
-LETTERS = st.sampled_from(["a", "b", "c", "é", "🙂", "\ufffd"])
+TOKENIZER = Tokenizer(ENCODING, ["<|user|>", "cb🙂"])
+LETTERS = st.sampled_from(["a", "b", "c", "é", "🙂", "\ufffd", "<", "|"])
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -297,22 +298,23 @@ def cut(text: str, stops: list[str]) -> str:
 
 @settings(max_examples=300)
 @given(
-    tokens=st.lists(st.sampled_from([97, 98, 99, 0xC3, 0xA9, *range(256, 256 + len(PIECES))])),
+    tokens=st.lists(st.sampled_from([97, 98, 99, 0xC3, 0xA9, *range(256, TOKENIZER.vocab_size)])),
     stops=st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
 )
 @example(tokens=[258], stops=["abc", "b"])
 def test_pieces_form_the_text_before_the_first_stop(tokens: list[int], stops: list[str]) -> None:
     pieces: list[str] = []
-    detokenizer = StreamingDetokenizer(ENCODING, stops, pieces.append)
+    detokenizer = StreamingDetokenizer(TOKENIZER, stops, pieces.append)
     prompt = list("abcé🙂".encode())
     detokenizer.add_prompt(prompt)
     for token in tokens:
         if not detokenizer.add_token(token):
             break
     detokenizer.finalize()
-    text = cut(ENCODING.decode(tokens), stops)
+    uncut = TOKENIZER.decode_bytes(tokens).decode(errors="replace")
+    text = cut(uncut, stops)
     assert detokenizer.text == "".join(pieces) == "abcé🙂" + text
-    assert detokenizer.stopped == (text != ENCODING.decode(tokens))
+    assert detokenizer.stopped == (text != uncut)
 
 
 def test_text_is_written_as_soon_as_it_is_final() -> None:
@@ -333,10 +335,10 @@ def speaker() -> Network:
 
 def texts_of(net: Network, texts: list[str], **settings: Any) -> tuple[list[str], list[str]]:
     """The continued texts, and what was written."""
-    encoding, pieces = load_tokenizer("bytes"), []
+    tokenizer, pieces = load_tokenizer("bytes"), []
     config = SamplingConfig(**{"max_new_tokens": 50, "temperature": 1.0, "top_k": 0} | settings)
-    prompts = [torch.tensor(encoding.encode_ordinary(text)) for text in texts]
-    return continue_prompts(net, prompts, config, encoding, pieces.append), pieces
+    prompts = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    return continue_prompts(net, prompts, config, tokenizer, pieces.append), pieces
 
 
 def test_streamed_text_is_the_whole_text(speaker: Network) -> None:

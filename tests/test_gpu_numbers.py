@@ -188,10 +188,13 @@ def test_hlb041_attention_is_its_description(
 # --- batches --------------------------------------------------------------------------------------
 
 
-def test_batches_gathered_on_the_device_are_those_of_the_host(device: torch.device) -> None:
+@pytest.mark.parametrize(("dtype", "vocab_size"), [("<u2", 1 << 16), ("<u4", 200_019)])
+def test_batches_gathered_on_the_device_are_those_of_the_host(
+    device: torch.device, dtype: str, vocab_size: int
+) -> None:
     """To the last bit, for all of uint16, in several shapes and over the end of an epoch."""
-    tokens = np.random.default_rng(0).integers(0, 1 << 16, 3000).astype(np.uint16)
-    assert tokens.max() > 1 << 15  # beyond int16
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 3000).astype(dtype)
+    assert tokens.max() > vocab_size // 2  # beyond int16
     host, ours = (TrainLoader(tokens, batch_size=4, sequence_length=16, seed=3) for _ in range(2))
     ours.keep_tokens_on(device)
     for shape in ({}, {"micro_batches": 3}, {"batch_size": 7, "sequence_length": 31}):

@@ -200,8 +200,10 @@ def test_too_few_tokens_are_refused(tokens: int) -> None:
         loader(100, 5, 3).set_step(sequence_length=10, batch_size=10)
 
 
-def test_tokens_on_the_device_are_the_same_tokens() -> None:
-    tokens = np.random.default_rng(0).integers(0, 1 << 16, 300).astype("<u2")
+@pytest.mark.parametrize(("dtype", "vocab_size"), [("<u2", 1 << 16), ("<u4", 200_019)])
+def test_tokens_on_the_device_are_the_same_tokens(dtype: str, vocab_size: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 300).astype(dtype)
+    tokens[:2] = vocab_size - 1
     host, device = (
         TrainLoader(tokens, batch_size=3, sequence_length=5, micro_batches=2, seed=0)
         for _ in range(2)
@@ -210,9 +212,10 @@ def test_tokens_on_the_device_are_the_same_tokens() -> None:
     for ours, theirs in islice(zip(device, host, strict=True), 30):
         assert ours.dtype == theirs.dtype == torch.int64
         assert torch.equal(ours, theirs)
-    expected = torch.from_numpy(np.bincount(tokens, minlength=1 << 16))
+    assert device._device_tokens.nbytes == tokens.nbytes
+    expected = torch.from_numpy(np.bincount(tokens, minlength=vocab_size))
     for feed in (host, device):
-        assert torch.equal(feed.token_counts(1 << 16), expected)
+        assert torch.equal(feed.token_counts(vocab_size), expected)
 
 
 @settings(max_examples=200)

@@ -50,12 +50,15 @@ def test_a_checkpoint_and_its_export_give_the_same_network(
     }
     for name, value in model.net.state_dict().items():
         assert torch.equal(value, kept[f"net.{name}"]), name
-    model.save("net.safetensors")
-    again = PretrainedModel.from_safetensors("net.safetensors")
-    assert (again.tokenizer, again.net_config) == (model.tokenizer, model.net_config)
     tokens = torch.randint(256, (2, 16))
-    assert torch.equal(model.net(tokens), again.net(tokens))
-    assert not list(Path().glob(".net*"))  # no temporary file is left
+    for export in ("net.safetensors", "exports/net", "exports/net"):
+        model.save(export)
+        again = PretrainedModel.from_safetensors(export)
+        assert (again.tokenizer, again.net_config) == (model.tokenizer, model.net_config)
+        assert torch.equal(model.net(tokens), again.net(tokens))
+    assert not list(Path().rglob(".*"))  # no temporary file is left
+    names = {path.name for path in Path("exports/net").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_what_is_generated_is_what_predict_prints(
@@ -70,7 +73,9 @@ def test_what_is_generated_is_what_predict_prints(
     prompt = torch.tensor(list(b"If "))
     config = SamplingConfig(max_new_tokens=8)
     (tokens,) = generate(model.net, [prompt], config, vocab_size=256, use_cache=False)
-    assert load_tokenizer("bytes").decode(tokens.tolist()) == texts[0]
+    assert (
+        load_tokenizer("bytes").decode_bytes(tokens.tolist()).decode(errors="replace") == texts[0]
+    )
     with pytest.raises(InputError, match="prompts: one is empty"):
         model.generate("")
 
@@ -166,60 +171,150 @@ def test_each_trainer_without_a_folder_gets_one(
         assert (place / "checkpoints" / "last.ckpt").is_file()
 
 
+GPT_CONFIG = {
+    "class_path": "hlbgpt.models.GPT",
+    "init_args": {},
+    "tokenizer": "bytes",
+    "special_tokens": [],
+}
+
+
 @pytest.mark.parametrize(
-    ("metadata", "message"),
+    ("changes", "message"),
     [
-        (None, "not a safetensors file with the settings of its network"),
-        ({"net": '{"class_path": "os.system"}', "tokenizer": "bytes"}, "not a subclass of"),
-        ({"net": "{}", "tokenizer": "bytes"}, "class_path"),
-        ({"net": '{"class_path": "no.such"}', "tokenizer": "bytes"}, "No module named 'no'"),
-        (
-            {"net": '{"class_path": "hlbgpt.models.GPT"}', "tokenizer": "klingon"},
-            "unknown tokenizer 'klingon'",
-        ),
-        (
-            {"net": '{"class_path": "hlbgpt.models.GPT"}', "tokenizer": "bytes"},
-            "cannot build.*GPT",
-        ),
-        (
-            {
-                "net": '{"class_path": "hlbgpt.models.GPT", "init_args": {"depth": 1}}',
-                "tokenizer": "bytes",
-            },
-            "cannot build.*GPT.*depth",
-        ),
+        (None, "not a safetensors file or folder with the settings of its network"),
+        ({"class_path": "os.system"}, "not a subclass of"),
+        ({"class_path": 3}, "cannot build"),
+        ({"class_path": "no.such"}, "No module named 'no'"),
+        ({"tokenizer": "klingon"}, "unknown tokenizer 'klingon'; there are bytes, gpt2, .*o200k"),
+        ({}, "cannot build.*GPT"),
+        ({"init_args": {"depth": 1}}, "cannot build.*GPT.*depth"),
     ],
 )
+@pytest.mark.parametrize("folder", [False, True])
 def test_safetensors_of_other_networks_are_refused(
-    tmp_path: Path, metadata: dict[str, str] | None, message: str
+    tmp_path: Path, changes: dict[str, Any] | None, message: str, folder: bool
 ) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"w": torch.zeros(2)}, path, metadata)
-    with pytest.raises(InputError, match=f"x.safetensors.*{message}"):
+    config = None if changes is None else json.dumps(GPT_CONFIG | changes)
+    path = tmp_path / ("x" if folder else "x.safetensors")
+    if folder:
+        path.mkdir()
+        save_file({"w": torch.zeros(2)}, path / "model.safetensors", {"format": "pt"})
+        (path / "config.json").write_text(config or "[]")
+    else:
+        save_file({"w": torch.zeros(2)}, path, None if config is None else {"config": config})
+    with pytest.raises(InputError, match=f"{path}: .*{message}"):
         PretrainedModel.from_safetensors(path)
 
 
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"not a tensor")
-    for path in (tmp_path / "x", tmp_path / "missing"):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "x", tmp_path / "missing", tmp_path / "empty"):
         with pytest.raises(InputError, match=f"{path}: not a safetensors file"):
             PretrainedModel.from_safetensors(path)
 
 
+def small_model(tokenizer: str = "bytes", **settings: Any) -> PretrainedModel:
+    settings = {
+        "vocab_size": 300,
+        "width": 8,
+        "num_heads": 1,
+        "num_blocks": 2,
+        "max_sequence_length": 32,
+    } | settings
+    net_config = {"class_path": "hlbgpt.models.GPT", "init_args": settings}
+    return PretrainedModel(GPT(**settings).eval(), tokenizer, net_config)
+
+
 def test_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
-    settings = {"vocab_size": 8, "width": 8, "num_heads": 1, "num_blocks": 2}
-    settings["max_sequence_length"] = 4
-    net = GPT(**settings).eval()
-    net.blocks[1] = net.blocks[0]
-    model = PretrainedModel(
-        net, "bytes", {"class_path": "hlbgpt.models.GPT", "init_args": settings}
-    )
-    model.save(tmp_path / "tied.safetensors")
-    again = PretrainedModel.from_safetensors(tmp_path / "tied.safetensors")
-    tokens = torch.randint(8, (2, 4))
-    assert torch.equal(again.net(tokens), net(tokens))
-    with pytest.raises(InputError, match="cannot be written"):
-        model.save(tmp_path / "missing" / "tied.safetensors")
+    model = small_model()
+    model.net.blocks[1] = model.net.blocks[0]
+    tokens = torch.randint(300, (2, 4))
+    for path in (tmp_path / "tied.safetensors", tmp_path / "tied"):
+        model.save(path)
+        again = PretrainedModel.from_safetensors(path)
+        assert torch.equal(again.net(tokens), model.net(tokens))
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "missing" / "tied.safetensors", tmp_path / "file"):
+        with pytest.raises(InputError, match=f"{path}: cannot be written"):
+            model.save(path)
+
+
+def test_an_exported_folder_says_what_it_holds(tmp_path: Path) -> None:
+    model = small_model()
+    model.special_tokens = ["<|user|>"]
+    model.save(tmp_path / "net")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert config == {
+        "model_type": "hlbgpt",
+        "architectures": ["GPT"],
+        **model.net_config,
+        "vocab_size": 300,
+        "num_parameters": sum(parameter.numel() for parameter in model.net.parameters()),
+        "tokenizer": "bytes",
+        "special_tokens": ["<|user|>"],
+        "hlbgpt_version": package.__version__,
+    }
+    card = (tmp_path / "net" / "README.md").read_text()
+    assert f"{config['num_parameters']:,} parameters" in card
+    assert "`transformers` does not know this network" in card
+    (tmp_path / "net" / "README.md").write_text("mine")
+    model.save(tmp_path / "net")
+    assert (tmp_path / "net" / "README.md").read_text() == "mine"
+    weights = tmp_path / "net" / "model.safetensors"  # taken alone, it is whole as well
+    assert PretrainedModel.from_safetensors(weights).special_tokens == ["<|user|>"]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+@pytest.mark.parametrize("over_another", [False, True])
+def test_a_save_that_stops_leaves_no_folder_that_loads(
+    tmp_path: Path, written: int, over_another: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its files (weights, model card, config) was the last to be complete."""
+    model, path = small_model(), tmp_path / "net"
+    if over_another:
+        small_model(width=16).save(path)
+        (path / "README.md").unlink()
+    replace, left = Path.replace, iter(range(written))
+
+    def stopping(self: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stopping)
+    if written == 3:
+        model.save(path)
+        assert PretrainedModel.from_safetensors(path).net_config == model.net_config
+        return
+    with pytest.raises(KeyboardInterrupt):
+        model.save(path)
+    with pytest.raises(InputError, match=r"not a safetensors file or folder.*config\.json"):
+        PretrainedModel.from_safetensors(path)
+
+
+def test_special_tokens_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's are one token each; more than the network knows are refused."""
+    model = small_model(vocab_size=258)
+    model.special_tokens = ["<|user|>", "<|end|>"]
+    model.save(tmp_path / "net")
+    again = PretrainedModel.from_safetensors(tmp_path / "net")
+    assert again.special_tokens == model.special_tokens
+    forward, seen = again.net.forward, []
+
+    def always_end(tokens: torch.Tensor, **cached: Any) -> torch.Tensor:
+        seen.extend(tokens.flatten().tolist())
+        logits = torch.where(torch.arange(258) == 257, 9.0, -99.0)
+        return logits.expand_as(forward(tokens, **cached))
+
+    monkeypatch.setattr(again.net, "forward", always_end)
+    assert again.generate("a<|user|>", max_new_tokens=2) == "a<|user|><|end|><|end|>"
+    assert seen == [ord("a"), 256, 257]
+    assert again.generate("a", stop="<|end|>") == "a"
+    again.special_tokens = ["a", "b", "c"]
+    with pytest.raises(InputError, match=r"bytes \+ 3 special tokens has 259 tokens, more than"):
+        again.generate("a")
 
 
 def test_the_package_exports_its_public_names() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import time
 import tracemalloc
@@ -10,17 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import names
+from helpers import names, synthetic_encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hlbgpt.data.tokenizer as tokenizer
 from hlbgpt.data.sources import TextFiles, TextSource
 from hlbgpt.data.token_file import DamagedFileError, TokenFile, prepare_token_file, token_file_path
-from hlbgpt.data.tokenizer import load_tokenizer
+from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer
 from hlbgpt.utils.errors import InputError
 
 BYTES = load_tokenizer("bytes")
+WIDE = Tokenizer(synthetic_encoding("o200k_base"), ["many", " , é"])
+OTHER_TYPE = {b"<u2": b"<u4", b"<u4": b"<u2"}
+both_widths = pytest.mark.parametrize("tokenizer", [BYTES, WIDE], ids=str)
 
 
 class Lines(TextSource):
@@ -43,17 +47,22 @@ def prepare(path: Path, source: TextSource) -> None:
     prepare_token_file(path, source, "train", lambda: BYTES)
 
 
-def build(path: Path, source: TextSource | None = None) -> TokenFile:
-    return prepare_token_file(path, source or Lines(1000), "train", lambda: BYTES)
+def build(path: Path, source: TextSource | None = None, tokenizer: Tokenizer = BYTES) -> TokenFile:
+    return prepare_token_file(path, source or Lines(1000), "train", lambda: tokenizer)
 
 
-def test_a_file_holds_the_tokens_and_says_what_they_are(tmp_path: Path) -> None:
-    file = build(tmp_path / "deep" / "folder" / "a.tokens")
-    text = "".join(Lines(1000).chunks("train")).encode()
-    assert file.tokens.tolist() == list(text)
-    assert file.tokens.dtype == np.uint16
+@both_widths
+def test_a_file_holds_the_tokens_and_says_what_they_are(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    file = build(tmp_path / "deep" / "folder" / "a.tokens", tokenizer=tokenizer)
+    text = "".join(Lines(1000).chunks("train"))
+    expected = tokenizer.encode(text)
+    assert file.tokens.tolist() == expected
+    assert file.tokens.dtype == (np.uint16 if tokenizer is BYTES else np.uint32)
     header = file.header
-    assert (header.tokenizer, header.tokens, header.text_bytes) == ("bytes", len(text), len(text))
+    assert (header.tokens, header.text_bytes) == (len(expected), len(text.encode()))
+    assert (header.tokenizer, header.vocab_size) == (str(tokenizer), tokenizer.vocab_size)
     file.verify()
     assert names(file.path.parent) == ["a.tokens"]
 
@@ -106,22 +115,25 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (lambda data: data + b"\0\0", "damaged: its header promises"),
         (lambda data: data[:-2] + b"\1\1", "do not match the checksum"),
         (lambda data: data[:50], "header cannot be read"),
-        (lambda data: data[:7] + b"\x01" + data[8:], "not a token file of format version 3"),
-        (lambda data: bytes(5000), "not a token file of format version 3"),
-        (lambda data: b"", "not a token file of format version 3"),
+        (lambda data: data[:7] + b"\x01" + data[8:], "not a token file of format version 4"),
+        (lambda data: bytes(5000), "not a token file of format version 4"),
+        (lambda data: b"", "not a token file of format version 4"),
+        (lambda data: data.replace(b'"<u', b'">u', 1), "header cannot be read"),
+        (lambda data: re.sub(rb"<u\d", lambda found: OTHER_TYPE[found[0]], data), "promises"),
         (lambda data: data.replace(b'"tokens"', b'"tokenz"', 1), "header cannot be read"),
     ],
 )
+@both_widths
 def test_damaged_files_are_rebuilt(
-    tmp_path: Path, damage, message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, damage, message: str, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.tokens"
-    build(path)
+    build(path, tokenizer=tokenizer)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     with pytest.raises(DamagedFileError, match=message):
         TokenFile(path).verify()
-    build(path)
+    build(path, tokenizer=tokenizer)
     assert path.read_bytes() == whole
     out = capsys.readouterr().out
     assert out.count(message) == 1
@@ -238,12 +250,13 @@ class SameFingerprint(Lines):
 
 def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
     names = {
-        token_file_path(tmp_path, source, split, tokenizer).name
+        token_file_path(tmp_path, source, split, tokenizer, special).name
         for source in (Lines(1), Lines(2), SameFingerprint(1))
         for split in ("train", "test")
         for tokenizer in ("gpt2", "bytes")
+        for special in ([], ["a", "b"], ["b", "a"], ["a, b"])
     }
-    assert len(names) == 12
+    assert len(names) == 48
 
 
 def test_memory_does_not_grow_with_the_text(

@@ -58,7 +58,8 @@ def fit(
         raise InputError("trainer.fast_dev_run: it keeps no run to return; leave it out")
     used = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     net = cli.model.net.to("cpu").eval()
-    model = PretrainedModel(net, cli.datamodule.tokenizer, used["model"]["net"])
+    data = cli.datamodule
+    model = PretrainedModel(net, data.tokenizer, used["model"]["net"], data.special_tokens)
     path = folder / RECORD
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return FitResult(record, folder, model)

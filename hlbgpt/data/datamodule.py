@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import tiktoken
 import torch
 from torch.utils.data import DataLoader
 
 from hlbgpt.data.loaders import EvalLoader, TrainLoader
 from hlbgpt.data.sources import SPLITS, TextSource
 from hlbgpt.data.token_file import TokenFile, prepare_token_file, token_file_path
-from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
+from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer
 from hlbgpt.utils.errors import InputError, require_positive
 from hlbgpt.utils.seed import run_seed
 
@@ -36,7 +35,10 @@ class TokenDataModule(L.LightningDataModule):
     Args:
         source: Where the text comes from: `hlbgpt.data.TextFolder`, `TextFiles`, `HubText`,
             `PythonDocs`, or your own subclass of `TextSource`.
-        tokenizer: `gpt2` (50257 tokens) or `bytes` (256 tokens, nothing to download).
+        tokenizer: `gpt2` (50257 tokens), `bytes` (256 tokens, nothing to download), or another
+            encoding of tiktoken, such as `cl100k_base` or `o200k_base`.
+        special_tokens: Texts that become one token each, in the text as in prompts, such as
+            `["<|user|>", "<|assistant|>"]`. Their numbers follow those of the tokenizer.
         sequence_length: Predicted tokens in a training window.
         micro_batch_size: Training windows in a micro-batch, on each device.
         micro_batches: Micro-batches of an optimizer step. Several small ones train like a large
@@ -57,7 +59,8 @@ class TokenDataModule(L.LightningDataModule):
     def __init__(
         self,
         source: TextSource,
-        tokenizer: TokenizerName = "gpt2",
+        tokenizer: str = "gpt2",
+        special_tokens: list[str] = [],  # noqa: B006 (never changed; the CLI needs a plain default)
         sequence_length: int = 1024,
         micro_batch_size: int = 16,
         micro_batches: int = 1,
@@ -66,7 +69,7 @@ class TokenDataModule(L.LightningDataModule):
         eval_batch_size: int = 16,
         cache_dir: str = "~/.cache/hlbgpt",
         seed: int | None = None,
-        prompts: list[str] | str = [],  # noqa: B006 (never changed; the CLI needs a plain default)
+        prompts: list[str] | str = [],  # noqa: B006
         tokens_on_device: bool | None = None,
     ) -> None:
         super().__init__()
@@ -82,7 +85,8 @@ class TokenDataModule(L.LightningDataModule):
             require_positive("data.", max_tokens=max_tokens)
         if seed is not None and seed < 0:
             raise InputError(f"data.seed: {seed} is negative; use 0 or more")
-        self.source, self.tokenizer = source, tokenizer
+        require_tokenizer(tokenizer)
+        self.source, self.tokenizer, self.special_tokens = source, tokenizer, special_tokens
         self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.micro_batches, self.max_tokens = micro_batches, max_tokens
         self.eval_sequence_length, self.eval_batch_size = eval_sequence_length, eval_batch_size
@@ -92,14 +96,15 @@ class TokenDataModule(L.LightningDataModule):
         self.files: dict[str, TokenFile] = {}
 
     @cached_property
-    def encoding(self) -> tiktoken.Encoding:
-        """The tokenizer; training from a token file does not load it."""
-        return load_tokenizer(self.tokenizer)
+    def encoding(self) -> Tokenizer:
+        """The tokenizer itself; training from a token file does not load it."""
+        return load_tokenizer(self.tokenizer, self.special_tokens)
 
     @property
     def vocab_size(self) -> int:
-        """Number of the tokenizer's tokens."""
-        return VOCAB_SIZES[self.tokenizer]
+        """Number of the tokenizer's tokens; known from a token file, or the tokenizer is loaded."""
+        headers = [file.header for file in self.files.values()]
+        return headers[0].vocab_size if headers else self.encoding.vocab_size
 
     # --- set-up -------------------------------------------------------------------------------
 
@@ -126,7 +131,8 @@ class TokenDataModule(L.LightningDataModule):
                 )
 
     def _path(self, split: str) -> Path:
-        return token_file_path(self.cache_dir, self.source, split, self.tokenizer)
+        name = self.tokenizer
+        return token_file_path(self.cache_dir, self.source, split, name, self.special_tokens)
 
     def require_batch(
         self, batch_size: int, sequence_length: int, *, key: str = _TRAIN_SHAPE
@@ -188,4 +194,4 @@ class TokenDataModule(L.LightningDataModule):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode(text)

@@ -28,7 +28,7 @@ class TrainLoader:
     is where the next window is.
 
     Args:
-        tokens: (N,) unsigned integers.
+        tokens: (N,) uint16, or uint32 below 2^31.
         batch_size: B.
         sequence_length: T.
         micro_batches: M.
@@ -59,6 +59,7 @@ class TrainLoader:
     ) -> None:
         self._tokens = tokens
         self._device_tokens: Tensor | None = None
+        self._mask = 0xFFFF if tokens.itemsize == 2 else 0x7FFFFFFF  # of a token among its bits
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = self.next_window = 0
         self.wait = Stopwatch()
@@ -102,8 +103,8 @@ class TrainLoader:
 
     def keep_tokens_on(self, device: torch.device) -> None:
         """Copy all tokens to `device`, where batches are gathered from then on."""
-        # torch cannot index uint16 on a GPU, so the bits are stored as int16.
-        signed = self._tokens.astype(np.uint16).view(np.int16)
+        # torch cannot index unsigned tokens on a GPU, so their bits are stored as signed ones.
+        signed = self._tokens.astype(f"i{self._tokens.itemsize}")
         self._device_tokens = torch.from_numpy(signed).to(device)
 
     def token_counts(self, vocab_size: int) -> Tensor:
@@ -115,7 +116,7 @@ class TrainLoader:
             block = tokens[start : start + _COUNTED]
             if isinstance(block, np.ndarray):
                 block = torch.from_numpy(block.astype(np.int32))
-            counts += torch.bincount(block.to(torch.int32) & 0xFFFF, minlength=vocab_size)
+            counts += torch.bincount(block.to(torch.int32) & self._mask, minlength=vocab_size)
         return counts
 
     def __len__(self) -> int:
@@ -138,7 +139,7 @@ class TrainLoader:
         device = self._device_tokens.device
         start = torch.from_numpy(offsets).to(device, non_blocking=True)
         places = start[..., None] + torch.arange(self.sequence_length + 1, device=device)
-        return self._device_tokens[places].to(torch.int64) & 0xFFFF
+        return self._device_tokens[places].to(torch.int64) & self._mask
 
     def _next_offsets(self) -> np.ndarray:
         """Where this rank's windows of the next step start in the tokens: (M, B) int64."""

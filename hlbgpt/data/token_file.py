@@ -1,8 +1,8 @@
-"""Token files: uint16 tokens behind a small header, written once and then memory-mapped.
+"""Token files: tokens behind a small header, written once and then memory-mapped.
 
 bytes 0..7       magic and format version
 bytes 8..4095    the header's fields as JSON, padded with spaces
-bytes 4096..     the tokens, little-endian uint16
+bytes 4096..     the tokens, little-endian uint16 or uint32 as the header says
 """
 
 import contextlib
@@ -10,19 +10,18 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from rich import progress
 
 from hlbgpt.data.sources import TextSource
-from hlbgpt.data.tokenizer import encode_stream
+from hlbgpt.data.tokenizer import Tokenizer, encode_stream
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write, locked
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MAGIC = b"hlbgpt\x00" + bytes([FORMAT_VERSION])
 _HEADER_BYTES = 4096
 
@@ -36,9 +35,15 @@ class Header:
     """Description of a token file, stored in it."""
 
     tokenizer: str
+    vocab_size: int  # of the tokenizer
+    dtype: str  # of the tokens: "<u2" or "<u4"
     tokens: int
     text_bytes: int  # in UTF-8
     crc32: int  # of the tokens as stored
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("<u2", "<u4"):
+            raise ValueError(f"dtype {self.dtype!r}")
 
 
 class TokenFile:
@@ -49,7 +54,7 @@ class TokenFile:
     Attributes:
         path: Path of the file.
         header: Its header.
-        tokens: (N,) uint16, memory-mapped.
+        tokens: (N,) uint16 or uint32, memory-mapped.
 
     Raises:
         DamagedFileError: The file is not complete, or is not a token file of this format.
@@ -58,13 +63,13 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = _read_header(path)
-        found = max(0, path.stat().st_size - _HEADER_BYTES)
-        if found != 2 * self.header.tokens or found == 0:
+        found, itemsize = path.stat().st_size - _HEADER_BYTES, np.dtype(self.header.dtype).itemsize
+        if found != itemsize * self.header.tokens or found == 0:
             raise DamagedFileError(
                 f"{path}: damaged: its header promises {self.header.tokens} tokens, the file "
-                f"holds {found // 2}"
+                f"holds {max(0, found) // itemsize}"
             )
-        self.tokens = np.memmap(path, dtype="<u2", mode="r", offset=_HEADER_BYTES)
+        self.tokens = np.memmap(path, dtype=self.header.dtype, mode="r", offset=_HEADER_BYTES)
 
     def verify(self) -> "TokenFile":
         """Raise DamagedFileError unless the tokens match the header's checksum (about 2 GB/s)."""
@@ -93,14 +98,16 @@ def _identity(source: TextSource, split: str) -> str:
     return f"{type(source).__module__}.{type(source).__qualname__}:{source.fingerprint(split)}"
 
 
-def token_file_path(cache: Path, source: TextSource, split: str, tokenizer: str) -> Path:
+def token_file_path(
+    cache: Path, source: TextSource, split: str, tokenizer: str, special_tokens: Sequence[str] = ()
+) -> Path:
     """Return the path of a token file; its name depends on text, tokenizer and format version."""
-    key = f"{FORMAT_VERSION}|{tokenizer}|{_identity(source, split)}"
+    key = f"{FORMAT_VERSION}|{tokenizer}|{list(special_tokens)}|{_identity(source, split)}"
     return cache / f"{split}-{tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.tokens"
 
 
 def prepare_token_file(
-    path: Path, source: TextSource, split: str, encoding: Callable[[], tiktoken.Encoding]
+    path: Path, source: TextSource, split: str, tokenizer: Callable[[], Tokenizer]
 ) -> TokenFile:
     """Open the token file at `path`; tokenize `split` of `source` into it first if necessary.
 
@@ -127,7 +134,7 @@ def prepare_token_file(
             except DamagedFileError as error:
                 print(f"{error}; building it again")
             with atomic_write(path) as temporary:
-                _write(temporary, source, split, encoding())
+                _write(temporary, source, split, tokenizer())
             return TokenFile(path)
     except OSError as error:
         raise InputError(
@@ -136,21 +143,21 @@ def prepare_token_file(
         ) from error
 
 
-def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encoding) -> None:
-    crc = tokens = size = 0
+def _write(path: Path, source: TextSource, split: str, tokenizer: Tokenizer) -> None:
+    crc = stored = size = 0
     made_from = _identity(source, split)
     columns = *progress.Progress.get_default_columns(), progress.TransferSpeedColumn()
     with progress.Progress(*columns) as bar, path.open("wb") as file:
         task = bar.add_task(f"tokenizing {split}", total=source.size(split))
         file.write(bytes(_HEADER_BYTES))
-        for encoded, text_bytes in encode_stream(encoding, source.chunks(split)):
+        for encoded, text_bytes in encode_stream(tokenizer, source.chunks(split)):
             file.write(encoded)
             crc = zlib.crc32(encoded, crc)
-            tokens += len(encoded) // 2
+            stored += len(encoded)
             size += text_bytes
             bar.update(task, completed=size)
         bar.update(task, total=size)
-        if tokens == 0:
+        if stored == 0:
             raise InputError(
                 f"data.source: the {split} split is empty; name a file that contains text"
             )
@@ -159,6 +166,13 @@ def _write(path: Path, source: TextSource, split: str, encoding: tiktoken.Encodi
                 f"data.source: the {split} split changed while it was tokenized; start again "
                 "once no process is writing to it"
             )
-        header = Header(encoding.name, tokens=tokens, text_bytes=size, crc32=crc)
+        header = Header(
+            str(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            dtype=tokenizer.dtype,
+            tokens=stored // np.dtype(tokenizer.dtype).itemsize,
+            text_bytes=size,
+            crc32=crc,
+        )
         file.seek(0)
         file.write((_MAGIC + json.dumps(dataclasses.asdict(header)).encode()).ljust(_HEADER_BYTES))

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Callable, Sequence
 
-import tiktoken
+from hlbgpt.data.tokenizer import Tokenizer
 
 
 class StreamingDetokenizer:
@@ -14,7 +14,7 @@ class StreamingDetokenizer:
     longest if several are.
 
     Args:
-        encoding: The tokenizer.
+        tokenizer: The tokenizer.
         stop: Stop strings, none of them empty.
         write: Called with each new piece of text.
 
@@ -25,22 +25,22 @@ class StreamingDetokenizer:
 
     def __init__(
         self,
-        encoding: tiktoken.Encoding,
+        tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         write: Callable[[str], None] | None = None,
     ) -> None:
         self.text, self.stopped = "", False
-        self._encoding, self._stop, self._write = encoding, stop, write
+        self._tokenizer, self._stop, self._write = tokenizer, stop, write
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = ""
 
     def add_prompt(self, tokens: list[int]) -> None:
         """Decode the prompt, in which stop strings are ignored."""
-        self._emit(self._utf8.decode(self._encoding.decode_bytes(tokens)))
+        self._emit(self._utf8.decode(self._tokenizer.decode_bytes(tokens)))
 
     def add_token(self, token: int) -> bool:
         """Decode the next token; returns False once a stop string has ended the text."""
-        self._add(self._utf8.decode(self._encoding.decode_single_token_bytes(token)))
+        self._add(self._utf8.decode(self._tokenizer.decode_bytes([token])))
         return not self.stopped
 
     def finalize(self) -> None:

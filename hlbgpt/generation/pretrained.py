@@ -13,13 +13,31 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from hlbgpt.data.tokenizer import VOCAB_SIZES, TokenizerName, load_tokenizer
+from hlbgpt import __version__
+from hlbgpt.data.tokenizer import load_tokenizer, require_tokenizer
 from hlbgpt.generation.sampling import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
 from hlbgpt.runs.checkpoint_io import load_checkpoint
 from hlbgpt.runs.config import CONFIG_KEY
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
+
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"  # as the Hugging Face hub names them
+_MODEL_CARD = """---
+library_name: hlbgpt
+pipeline_tag: text-generation
+---
+# {name}
+
+A `{class_path}` with {num_parameters:,} parameters and the tokenizer `{tokenizer}`, written by
+hlbgpt {hlbgpt_version}. Hugging Face's `transformers` does not know this network. To use it:
+
+```python
+from hlbgpt import PretrainedModel
+
+print(PretrainedModel.from_safetensors("{name}").generate("The "))
+```
+"""
 
 
 @dataclasses.dataclass
@@ -33,11 +51,13 @@ class PretrainedModel:
         net: The network in evaluation mode, on the CPU after loading.
         tokenizer: Name of its tokenizer.
         net_config: The network's `class_path` and `init_args`, as in a config file.
+        special_tokens: Those added to the tokenizer; see `TokenDataModule`.
     """
 
     net: Network
-    tokenizer: TokenizerName
+    tokenizer: str
     net_config: dict[str, Any]
+    special_tokens: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "PretrainedModel":
@@ -50,28 +70,36 @@ class PretrainedModel:
             )
         config, state = yaml.safe_load(text), checkpoint["state_dict"]
         weights = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-        return cls._build(config["model"]["net"], config["data"]["tokenizer"], weights, path)
+        net, data = config["model"]["net"], config["data"]
+        return cls._build(path, weights, net, data["tokenizer"], data.get("special_tokens", []))
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> "PretrainedModel":
-        """Load a file that `save` wrote; InputError for any other."""
+        """Load a file or a folder that `save` wrote; InputError for any other."""
+        path = Path(path)
+        file = path / _WEIGHTS if path.is_dir() else path
         try:
-            weights = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            net_config, tokenizer = json.loads(metadata["net"]), metadata["tokenizer"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if path.is_dir():
+                text = (path / _CONFIG).read_text(encoding="utf-8")
+            else:
+                with safe_open(file, framework="pt") as opened:
+                    text = (opened.metadata() or {})["config"]
+            config, weights = json.loads(text), load_file(file)
+            net_config = {key: config[key] for key in ("class_path", "init_args")}
+            tokenizer, special_tokens = config["tokenizer"], config["special_tokens"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path}: not a safetensors file with the settings of its network ({error!r}); "
-                "use a file that `PretrainedModel.save` wrote"
+                f"{path}: not a safetensors file or folder with the settings of its network "
+                f"({type(error).__name__}: {error}); use one that `PretrainedModel.save` wrote"
             ) from error
-        return cls._build(net_config, tokenizer, weights, path)
+        return cls._build(path, weights, net_config, tokenizer, special_tokens)
 
     @classmethod
-    def _build(cls, net_config: Any, tokenizer: Any, weights: Any, path: Any) -> "PretrainedModel":
+    def _build(
+        cls, path: Any, weights: Any, net_config: Any, tokenizer: Any, special_tokens: Any
+    ) -> "PretrainedModel":
+        require_tokenizer(tokenizer, path)
         try:
-            if tokenizer not in VOCAB_SIZES:
-                raise ValueError(f"unknown tokenizer {tokenizer!r}")
             network_class = pkgutil.resolve_name(net_config["class_path"])
             if not (isinstance(network_class, type) and issubclass(network_class, Network)):
                 raise TypeError(f"{network_class} is not a subclass of hlbgpt.models.Network")
@@ -82,19 +110,51 @@ class PretrainedModel:
                 f"{path}: cannot build its network: {textwrap.shorten(str(e), 300)}; its class "
                 "must be importable and the same as when the file was written"
             ) from e
-        return cls(net.eval(), tokenizer, net_config)
+        return cls(net.eval(), tokenizer, net_config, special_tokens)
 
     def save(self, path: str | Path) -> None:
-        """Write weights, network settings and the tokenizer's name, but no code, to safetensors."""
-        # Cloned, because safetensors refuses tensors that share memory.
-        weights = {k: v.contiguous().clone() for k, v in self.net.state_dict().items()}
-        net_config = json.dumps(self.net_config)
-        metadata = {"format": "pt", "net": net_config, "tokenizer": self.tokenizer}
+        """Write weights, network settings and the tokenizer's name, but no code.
+
+        A path that ends in `.safetensors` is a single file. Any other is a folder, as on the
+        Hugging Face hub: `model.safetensors`, `config.json` and, unless there is one, `README.md`.
+        Hugging Face's `transformers` does not know the network: `from_safetensors` reads both.
+        """
+        path = Path(path)
+        settings = self._settings()
+        config = json.dumps(settings, indent=2)
         try:
-            with atomic_write(Path(path)) as temporary:
-                save_file(weights, temporary, metadata)
+            if path.suffix == ".safetensors":
+                self._save_weights(path, config)
+                return
+            path.mkdir(parents=True, exist_ok=True)
+            # Gone before the weights change, and written last: without it, no folder loads.
+            (path / _CONFIG).unlink(missing_ok=True)
+            self._save_weights(path / _WEIGHTS, config)
+            if not (card := path / "README.md").exists():
+                _write_text(card, _MODEL_CARD.format(name=path.resolve().name, **settings))
+            _write_text(path / _CONFIG, config)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be written ({error}); choose another path") from error
+
+    def _save_weights(self, file: Path, config: str) -> None:
+        # Cloned, because safetensors refuses tensors that share memory.
+        weights = {k: v.contiguous().clone() for k, v in self.net.state_dict().items()}
+        with atomic_write(file) as temporary:
+            save_file(weights, temporary, {"format": "pt", "config": config})
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            # Not one that transformers knows. Without any, it would guess from the folder's name.
+            "model_type": "hlbgpt",
+            "architectures": [type(self.net).__name__],
+            "class_path": self.net_config["class_path"],
+            "init_args": self.net_config.get("init_args") or {},
+            "vocab_size": self.net.vocab_size,
+            "num_parameters": sum(parameter.numel() for parameter in self.net.parameters()),
+            "tokenizer": self.tokenizer,
+            "special_tokens": self.special_tokens,
+            "hlbgpt_version": __version__,
+        }
 
     def generate(self, prompts: str | Sequence[str], **sampling: Any) -> Any:
         """Continue one prompt (str), or several in one batch (list of str).
@@ -102,10 +162,21 @@ class PretrainedModel:
         `sampling` are fields of `hlbgpt.generation.SamplingConfig`, such as `max_new_tokens`.
         Returns each prompt with its continuation: a text, or a list of texts.
         """
-        encoding, device = load_tokenizer(self.tokenizer), next(self.net.parameters()).device
+        tokenizer = load_tokenizer(self.tokenizer, self.special_tokens)
+        device = next(self.net.parameters()).device
+        if tokenizer.vocab_size > self.net.vocab_size:
+            raise InputError(
+                f"special_tokens: {tokenizer} has {tokenizer.vocab_size} tokens, more than the "
+                f"network's vocab_size {self.net.vocab_size}; leave some out"
+            )
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
         if "" in batch:
             raise InputError("prompts: one is empty; give each some text to continue")
-        tokens = [torch.tensor(encoding.encode_ordinary(text), device=device) for text in batch]
-        texts = continue_prompts(self.net, tokens, SamplingConfig(**sampling), encoding)
+        tokens = [torch.tensor(tokenizer.encode(text), device=device) for text in batch]
+        texts = continue_prompts(self.net, tokens, SamplingConfig(**sampling), tokenizer)
         return texts[0] if isinstance(prompts, str) else texts
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

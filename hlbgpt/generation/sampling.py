@@ -5,10 +5,10 @@ import math
 import sys
 from collections.abc import Callable
 
-import tiktoken
 import torch
 from torch import Tensor
 
+from hlbgpt.data.tokenizer import Tokenizer
 from hlbgpt.generation.detokenizer import StreamingDetokenizer
 from hlbgpt.models import KVCache, Network
 from hlbgpt.utils.errors import InputError
@@ -57,7 +57,7 @@ def continue_prompts(
     net: Network,
     prompts: list[Tensor],
     config: SamplingConfig,
-    encoding: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     write: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Continue prompts, each tokens (t,) int64 with t at least 1, and decode them.
@@ -67,16 +67,16 @@ def continue_prompts(
     """
     stream = sys.stdout.isatty() if config.stream is None else config.stream
     if write is not None and stream and len(prompts) > 1:
-        return [continue_prompts(net, [p], config, encoding, write)[0] for p in prompts]
+        return [continue_prompts(net, [p], config, tokenizer, write)[0] for p in prompts]
     write_piece = write if stream else None
-    detokenizers = [StreamingDetokenizer(encoding, config.stop, write_piece) for _ in prompts]
+    detokenizers = [StreamingDetokenizer(tokenizer, config.stop, write_piece) for _ in prompts]
     for detokenizer, prompt in zip(detokenizers, prompts, strict=True):
         detokenizer.add_prompt(prompt.tolist())
 
     def on_token(index: int, token: int) -> bool:
         return detokenizers[index].add_token(token)
 
-    generate(net, prompts, config, vocab_size=encoding.n_vocab, on_token=on_token)
+    generate(net, prompts, config, vocab_size=tokenizer.vocab_size, on_token=on_token)
     for detokenizer in detokenizers:
         detokenizer.finalize()
         if write is not None:

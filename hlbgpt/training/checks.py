@@ -150,9 +150,10 @@ def datamodule_of(trainer: L.Trainer) -> TokenDataModule:
 def require_vocabulary(net: Network, data: TokenDataModule) -> None:
     """Raise InputError if the network has fewer logits than the tokenizer has tokens."""
     if net.vocab_size < data.vocab_size:
+        special = " with data.special_tokens" if data.special_tokens else ""
         raise InputError(
             f"model.net vocab_size: {net.vocab_size} is less than the {data.vocab_size} tokens of "
-            f"data.tokenizer {data.tokenizer}; raise it"
+            f"data.tokenizer {data.tokenizer}{special}; raise it"
         )
 
 
