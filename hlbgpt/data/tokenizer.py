@@ -83,7 +83,8 @@ class Tokenizer:
 
     def __str__(self) -> str:
         count = len(self.special_tokens)
-        return f"{self.name} + {count} special tokens" if count else self.name
+        plural = "s" if count > 1 else ""
+        return f"{self.name} + {count} special token{plural}" if count else self.name
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""
@@ -196,14 +197,15 @@ class _PieceCache(dict[str, bytes]):
 
     def __init__(self, tokenizer: Tokenizer, cuts: _Cuts | None) -> None:
         super().__init__()
-        self._tokenizer, self._cuts = tokenizer, cuts
+        self._split, self._encode_ordinary = tokenizer.split, tokenizer.encoding.encode_ordinary
+        self._cuts = cuts
         self._code = {"<u2": "H", "<u4": "I"}[tokenizer.dtype]
 
     def encode_chunk(self, text: str) -> bytes:
         """Encode a text that starts and ends at places for a cut, with its special tokens."""
         return b"".join(
-            self._encode_pieces(part) if special is None else self._pack([special])
-            for part, special in self._tokenizer.split(text)
+            self._encode_pieces(part) if special is None else struct.pack(f"<{self._code}", special)
+            for part, special in self._split(text)
         )
 
     def _encode_pieces(self, text: str) -> bytes:
@@ -220,9 +222,7 @@ class _PieceCache(dict[str, bytes]):
         return tokens
 
     def _encode(self, text: str) -> bytes:
-        return self._pack(self._tokenizer.encoding.encode_ordinary(text))
-
-    def _pack(self, tokens: list[int]) -> bytes:
+        tokens = self._encode_ordinary(text)
         return struct.pack(f"<{len(tokens)}{self._code}", *tokens)
 
 
