@@ -56,9 +56,9 @@ def test_a_checkpoint_and_its_export_give_the_same_network(
         again = PretrainedModel.from_safetensors(export)
         assert (again.tokenizer, again.net_config) == (model.tokenizer, model.net_config)
         assert torch.equal(model.net(tokens), again.net(tokens))
-    assert not list(Path().rglob(".*"))  # no temporary file is left
-    names = {path.name for path in Path("exports/net").iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors"}
+    assert not list(Path().glob(".net*"))  # no temporary file is left
+    exported = {path.name for path in Path("exports/net").iterdir()}
+    assert exported == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_what_is_generated_is_what_predict_prints(
@@ -262,6 +262,7 @@ def test_an_exported_folder_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "net" / "README.md").write_text("mine")
     model.save(tmp_path / "net")
     assert (tmp_path / "net" / "README.md").read_text() == "mine"
+    assert len({path.stat().st_mode for path in (tmp_path / "net").iterdir()}) == 1
     weights = tmp_path / "net" / "model.safetensors"  # taken alone, it is whole as well
     assert PretrainedModel.from_safetensors(weights).special_tokens == ["<|user|>"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from hlbgpt import __version__
 from hlbgpt.data.tokenizer import load_tokenizer, require_tokenizer
@@ -140,7 +140,8 @@ class PretrainedModel:
         # Cloned, because safetensors refuses tensors that share memory.
         weights = {k: v.contiguous().clone() for k, v in self.net.state_dict().items()}
         with atomic_write(file) as temporary:
-            save_file(weights, temporary, {"format": "pt", "config": config})
+            # Not `save_file`, whose files only their owner may read.
+            temporary.write_bytes(save(weights, {"format": "pt", "config": config}))
 
     def _settings(self) -> dict[str, Any]:
         return {
