@@ -71,7 +71,8 @@ def commands_of_table(document: str) -> list[str]:
 PROGRAMS = ("hlbgpt ", "tensorboard ", "python scripts/", "python tests/")
 BLOCKS = [block for document in DOCUMENTS.values() for block in blocks(document)]
 FILES = {text.splitlines()[0]: text for language, text in BLOCKS if language in ("python", "yaml")}
-TYPED = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+SHELL = "".join(text for language, text in BLOCKS if language == "bash")
+TYPED = re.sub(r"\\\n *", "", SHELL).splitlines()
 SETUP = [line for line in TYPED if "venv" in line]
 CHECKS = [line for line in TYPED if line.startswith(("pytest ", "ruff "))]
 COMMANDS = commands_of_table(README) + [line for line in TYPED if line not in SETUP + CHECKS]
