@@ -101,16 +101,17 @@ def draw_one(
                 label if line.get_linestyle() == "--" else f"{label}\n{y[-1]:.2f}",
                 (x[-1], y[-1]),
                 xycoords=line.get_transform(),
-                xytext=(8, 0),
+                xytext=(8, -6),
                 textcoords="offset points",
                 color=line.get_color(),
-                va="center",
+                va="bottom",  # a loss falls, so there is room above its end
                 annotation_clip=False,
             )
     axes.tick_params(color=GREY, labelcolor=GREY)
     axes.spines[:].set_color(GREY)
-    for name in (axes.xaxis.label, axes.yaxis.label, figure.supxlabel(caption, x=0.01, ha="left")):
-        name.set_color(GREY)
+    below = figure.supxlabel(caption, x=0.01, ha="left", fontsize="medium")
+    for text in (axes.xaxis.label, axes.yaxis.label, below):
+        text.set_color(GREY)
     return figure
 
 
