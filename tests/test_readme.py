@@ -258,6 +258,7 @@ def test_commands_and_files_in_their_order(
     assert {path.name for path in Path("quickstart").iterdir()} > {"config.json"}
     assert Path("quickstart.safetensors").is_file()
     assert runpy.run_path("parts.py")["logits"].shape == (1, 3, 256)
+    assert Path("parts/record.json").is_file()
 
 
 def check(line: str, words: list[str], out: str) -> None:
