@@ -229,6 +229,20 @@ def test_comparisons_of_recipes(
     assert all(name in picture for name in ("speedrun", "hlb-gpt 0.4.1", "hlb-gpt 0.1.0", "CPU"))
 
 
+@pytest.mark.slow
+def test_completion_in_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("shtab")
+    monkeypatch.chdir(tmp_path)
+    (words,) = re.findall(r'`eval "\$\(hlbgpt (.*?)\)"`', README)
+    Path("completion").write_text(run("-m", "hlbgpt", *words.split()))
+    ask = (
+        "source completion; COMP_WORDS=(hlbgpt fit --trainer.max_st); COMP_CWORD=2; "
+        '_shtab_hlbgpt; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout == "--trainer.max_steps\n"
+
+
 def test_commands_and_files_in_their_order(
     hlbgpt: Callable[..., str],
     tiny: list[str],
