@@ -3,9 +3,11 @@
     python scripts/plot.py runs/quickstart/version_0 --out curves.png
     python scripts/plot.py runs/benchmark
     python scripts/plot.py before=runs/quickstart/version_0 after=runs/quickstart/version_1
+    python scripts/plot.py runs/benchmark --by tokens --out race.svg
 
 Runs that differ in their random seed only share one line, the mean over seeds, with a band from
 minimum to maximum and a thin line for each seed. An unfinished run is drawn as far as it got.
+--by draws one panel with labels at its lines, to be read on a white and on a dark page.
 --hlb-gpt suits runs of WikiText-103 with GPT-2's tokens and evaluation windows of 1024 tokens.
 """
 
@@ -16,14 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure  # pip install -e '.[plot]'
-from run_curves import AXES, TOKENS, Curve, RunCurves, band, find_runs, group_by_variant
+from matplotlib import rc_context  # pip install -e '.[plot]'
+from matplotlib.figure import Figure
+from run_curves import (
+    AXES,
+    SECONDS,
+    STEPS,
+    TOKENS,
+    Curve,
+    RunCurves,
+    band,
+    find_runs,
+    group_by_variant,
+)
 
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+# For white and for dark pages: the blue is lighter than theirs, and the text is grey.
+COLORS_ON_ANY_PAGE, GREY = ("#D55E00", "#1F83C4", "#009E73", "#CC79A7"), "#787878"
+BY = {"tokens": TOKENS, "steps": STEPS, "seconds": SECONDS}
 # Parts of a run's time by their grey level; what is left of `wall_seconds` is the rest.
 TIMES = {"train": "0.3", "data": "0.85", "validation": "0.55", "compile": "0.7", "checkpoint": "0"}
 
@@ -43,47 +59,99 @@ def draw(groups: Mapping[str, Sequence[RunCurves]], *, hlb_gpt: bool) -> Figure:
     """Draw every group of runs, and hlb-gpt's published curve if `hlb_gpt`."""
     figure = Figure(figsize=(11, 6 + 0.3 * len(groups)), layout="constrained")
     panels = figure.subplot_mosaic([[*AXES], ["time", "time", "learning rate"]])
-    for axis, axes in panels.items():
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set(xlabel=axis)
-    for k, (label, runs) in enumerate(groups.items()):
-        color = COLORS[k % len(COLORS)]
-        seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
-        for axis in AXES:
-            curves = [run.losses[axis] for run in runs]
-            x, mean, low, high = band(curves)
-            panels[axis].plot(x, mean, color=color, marker=".", label=f"{label}: {seeds}")
-            if len(runs) > 1:
-                panels[axis].fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-                for curve in curves:
-                    panels[axis].plot(*curve, color=color, linewidth=0.5, alpha=0.6)
+    losses = {axis: panels[axis] for axis in AXES}
+    every = [run for runs in groups.values() for run in runs]
+    draw_losses(losses, groups, COLORS)
+    targets = {target for run in every if (target := run.target) is not None}
+    finish_losses(losses, every, targets, hlb_gpt)
+    for k, runs in enumerate(groups.values()):
         for rate in runs[0].rates.values():  # of a parameter group, relative to its peak
+            color = COLORS[k % len(COLORS)]
             panels["learning rate"].plot(rate.x, rate.y / (rate.y.max() or 1), color=color)
+    panels["learning rate"].spines[["top", "right"]].set_visible(False)
     panels["learning rate"].set(xlabel="steps", ylabel="learning rate / peak", ylim=(0, 1.05))
-    finish_losses(panels, [run for runs in groups.values() for run in runs], hlb_gpt)
     draw_times(panels["time"], groups)
     handles = panels[TOKENS].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
-def finish_losses(panels: Mapping[str, Any], runs: Sequence[RunCurves], hlb_gpt: bool) -> None:
-    """Add the targets and hlb-gpt's curve, and choose the range of the losses.
+def draw_one(
+    groups: Mapping[str, Sequence[RunCurves]], axis: str, *, hlb_gpt: bool, caption: str
+) -> Figure:
+    """Draw the losses by one of `AXES`, with the name and the last loss of each group at its line.
+
+    The background is transparent and the text grey, for white and for dark pages. A target that no
+    run has met is left out, so that the curves can fill the picture.
+    """
+    runs = [run for group in groups.values() for run in group]
+    targets = {target for run in runs if (target := run.target) is not None}
+    met = {
+        target for target in targets if any((run.losses[axis].y <= target).any() for run in runs)
+    }
+    figure = Figure(figsize=(8, 4), layout="constrained", facecolor="none")
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    draw_losses({axis: axes}, groups, COLORS_ON_ANY_PAGE)
+    finish_losses({axis: axes}, runs, met, hlb_gpt)
+    for line in axes.lines:
+        if not (label := str(line.get_label())).startswith("_"):
+            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            axes.annotate(
+                label if line.get_linestyle() == "--" else f"{label}\n{y[-1]:.2f}",
+                (x[-1], y[-1]),
+                xycoords=line.get_transform(),
+                xytext=(8, -6),
+                textcoords="offset points",
+                color=line.get_color(),
+                va="bottom",  # a loss falls, so there is room above its end
+                annotation_clip=False,
+            )
+    axes.tick_params(color=GREY, labelcolor=GREY)
+    axes.spines[:].set_color(GREY)
+    below = figure.supxlabel(caption, x=0.01, ha="left", fontsize="medium")
+    for text in (axes.xaxis.label, axes.yaxis.label, below):
+        text.set_color(GREY)
+    return figure
+
+
+def draw_losses(
+    panels: Mapping[str, Any], groups: Mapping[str, Sequence[RunCurves]], colors: Sequence[str]
+) -> None:
+    """Draw the losses of every group into `panels`, whose keys are some of `AXES`."""
+    for axis, axes in panels.items():
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel=axis)
+        for k, (label, runs) in enumerate(groups.items()):
+            color = colors[k % len(colors)]
+            seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
+            curves = [run.losses[axis] for run in runs]
+            x, mean, low, high = band(curves)
+            axes.plot(x, mean, color=color, marker=".", label=f"{label}: {seeds}")
+            if len(runs) > 1:
+                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+                for curve in curves:
+                    axes.plot(*curve, color=color, linewidth=0.5, alpha=0.6)
+
+
+def finish_losses(
+    panels: Mapping[str, Any], runs: Sequence[RunCurves], targets: set[float], hlb_gpt: bool
+) -> None:
+    """Add `targets` and hlb-gpt's curve, and choose the range of the losses.
 
     The first tenth of each run does not count for the range: the loss falls so steeply there that
     later differences would not be visible.
     """
-    targets = {run.target for run in runs} - {None}
     curves = [run.losses[TOKENS] for run in runs]
     shown = np.concatenate([y[x >= x[-1] / 10] for x, y in curves] + [list(targets)])
     shown = shown[np.isfinite(shown)]
     low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
-    for axis in AXES:
+    for axes in panels.values():
         for target in targets:
-            panels[axis].axhline(target, color="0.4", linestyle="--", label=f"target {target:g}")
-        panels[axis].set(xlim=(0, None), ylim=(low - 0.05, high + 0.05))
-    panels[TOKENS].set_ylabel("validation loss (nats per token)")
-    if hlb_gpt:
+            axes.axhline(target, color=GREY, linestyle="--", label=f"target {target:g}")
+        axes.set(xlim=(0, None), ylim=(low - 0.05, high + 0.05))
+    next(iter(panels.values())).set_ylabel("validation loss (nats per token)")
+    if hlb_gpt and TOKENS in panels:
         panels[TOKENS].plot(*HLB_GPT, color="0.5", marker="x", label="hlb-gpt 0.4.0, 25 seeds")
 
 
@@ -111,9 +179,15 @@ def draw_times(axes: Any, groups: Mapping[str, Sequence[RunCurves]]) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`; raises InputError if that is not possible."""
+    kind = path.suffix.lower()[1:]
+    # Text stays text, and the same runs give the same file.
+    same = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else None
     try:
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=200)
+        with (
+            atomic_write(path) as temporary,
+            rc_context({"svg.fonttype": "none", "svg.hashsalt": "hlbgpt"}),
+        ):
+            figure.savefig(temporary, format=kind, dpi=200, metadata=same)
     except (OSError, ValueError) as error:
         raise InputError(f"--out: cannot write {path}: {error}; name another file") from error
 
@@ -125,15 +199,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="a run, or many in it")
     parser.add_argument("--out", type=Path, default="curves.png", help="PNG, SVG or PDF file")
+    parser.add_argument("--by", choices=BY, help="draw one panel: losses by this")
+    parser.add_argument("--caption", default="", help="a line below the panel of --by")
     parser.add_argument("--hlb-gpt", action="store_true", help="add hlb-gpt's published losses")
     options = parser.parse_args(arguments)
+    if options.caption and not options.by:
+        parser.error("--caption: stands below one panel; add --by tokens")
     try:
         found = find_runs(options.runs)
         runs = [run for run in found if all(len(run.losses[axis].x) for axis in AXES)]
         if not runs:
             raise InputError(f"{found[0].folder}: no validation loss yet; wait for the first one")
         groups = group_by_variant(runs)
-        save_figure(draw(groups, hlb_gpt=options.hlb_gpt), options.out)
+        if options.by:
+            axis, caption = BY[options.by], options.caption
+            figure = draw_one(groups, axis, hlb_gpt=options.hlb_gpt, caption=caption)
+        else:
+            figure = draw(groups, hlb_gpt=options.hlb_gpt)
+        save_figure(figure, options.out)
     except InputError as error:
         sys.stderr.write(f"plot.py: error: {error}\n")
         return 2

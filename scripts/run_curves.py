@@ -68,7 +68,7 @@ def find_runs(arguments: Sequence[str]) -> list[RunCurves]:
                 f"{argument}: contains no run; name a folder with {CONFIG} and {EVENTS} in it, "
                 "such as runs/quickstart/version_0, or one above it"
             )
-        names = dict.fromkeys(folders, name) | names
+        names |= {folder: name for folder in folders if folder not in names}
     return [read_run(folder, name) for folder, name in names.items()]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import README
+from test_readme import DOCUMENTS
 
 from hlbgpt.cli.lightning_cli import CLI
 
@@ -47,5 +47,9 @@ def test_the_readme_names_every_setting_that_can_import_code(
         if Path(f"{name}.ran").exists():
             found.add(key)
         sys.modules.pop(name, None)
-    (sentence,) = re.findall(r"These settings import what they name:(.*?)\.\n", README, re.DOTALL)
+    (sentence,) = re.findall(
+        r"These settings import what they name:(.*?)\.\n",
+        DOCUMENTS["hlbgpt/runs/README.md"],
+        re.DOTALL,
+    )
     assert found == set(re.findall(r"`([\w.]+)`", sentence))

@@ -13,7 +13,10 @@ from helpers import open_logger
 
 pytest.importorskip("matplotlib")
 import plot
-from plot import HLB_GPT, draw
+from matplotlib.colors import to_rgb
+from matplotlib.spines import Spine
+from matplotlib.text import Text
+from plot import BY, COLORS_ON_ANY_PAGE, GREY, HLB_GPT, draw, draw_one
 from run_curves import Curve, band, find_runs, group_by_variant
 
 STEP_TOKENS = 1000
@@ -179,6 +182,67 @@ def test_the_published_curve(tmp_path: Path) -> None:
     published = lines(panels["million tokens"])["hlb-gpt 0.4.0, 25 seeds"]
     assert published == (HLB_GPT.x.tolist(), HLB_GPT.y.tolist())
     assert not any("hlb" in name for name in lines(panels["steps"]))
+
+
+@pytest.mark.parametrize("by", BY)
+def test_one_panel_with_labels_at_its_lines(by: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "near/version_0", [4, 2.25])
+    write_run(tmp_path / "met/version_0", [3, 1.97], seed=3)
+    write_run(tmp_path / "met/version_1", [4, 1.93], seed=4)
+    runs = group_by_variant(find_runs([str(tmp_path / name) for name in ("near", "met")]))
+    figure = draw_one(runs, BY[by], hlb_gpt=False, caption="On a CPU.")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == BY[by]
+    assert figure.get_supxlabel() == "On a CPU."
+    labels = [(text.get_text(), text.get_color()) for text in axes.texts]
+    near, met = COLORS_ON_ANY_PAGE[:2]
+    assert labels == [
+        ("near: seed 0\n2.25", near),
+        ("met: 2 seeds\n1.95", met),
+        ("target 2", GREY),
+    ]
+    for text in axes.texts[:2]:
+        assert text.xy == pytest.approx((20 * AXES[BY[by]], float(text.get_text().split()[-1])))
+    # A target that is out of sight is left out.
+    runs = group_by_variant(find_runs([str(tmp_path / "near")]))
+    (axes,) = draw_one(runs, BY[by], hlb_gpt=False, caption="").axes
+    assert len(axes.texts) == 1
+    assert axes.get_ylim() == pytest.approx((2.2, 4.05))
+
+
+def contrast(first: Any, second: Any) -> float:
+    """Contrast of two colours as WCAG defines it, from 1 to 21."""
+    parts = np.array([to_rgb(first), to_rgb(second)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
+def test_one_panel_is_readable_on_a_white_and_on_a_dark_page(page: str, tmp_path: Path) -> None:
+    runs = group_by_variant(find_runs([str(write_run(tmp_path, [4, 3]))]))
+    figure = draw_one(runs, BY["tokens"], hlb_gpt=True, caption="On a CPU.")
+    figure.draw_without_rendering()  # makes the labels of the ticks
+    assert all(contrast(color, page) >= 3 for color in COLORS_ON_ANY_PAGE)
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert len(texts) > 10
+    spines = [spine for spine in figure.findobj(Spine) if spine.get_visible()]
+    for color in [text.get_color() for text in texts] + [spine.get_edgecolor() for spine in spines]:
+        assert contrast(color, page) >= 3
+    assert [patch.get_facecolor()[3] for patch in (figure.patch, figure.axes[0].patch)] == [0, 0]
+
+
+def test_an_svg_is_small_and_always_the_same(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [4, 3.5, 3] * 30)
+    words = [str(folder), "--by", "tokens", "--caption", "On a CPU.", "--out"]
+    files = [tmp_path / name for name in ("a.svg", "b.svg")]
+    for file in files:
+        assert plot.main([*words, str(file)]) == 0
+    text = files[0].read_text()
+    assert text == files[1].read_text()
+    assert ">On a CPU.</text>" in text
+    assert len(text) < 50_000
+    assert "<metadata>" not in text
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.SVG"])
