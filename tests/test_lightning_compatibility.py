@@ -32,6 +32,7 @@ from hlbgpt.models import token_scores
 MINE = """
 from pathlib import Path
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, ProgressBar
 
 class FreezeEmbedding(BaseFinetuning):
@@ -62,6 +63,10 @@ class Fails(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 3:
             raise RuntimeError("mine")
+
+class OnDevice(L.Callback):
+    def __init__(self, device: torch.device | None = torch.device("cpu")) -> None:
+        pass
 
 def say(trainer, pl_module):
     print("said after step", trainer.global_step)
@@ -571,6 +576,11 @@ def test_averaged_weights_are_measured_when_compiled(hlbgpt, short, quick_compil
     hlbgpt("fit", *words, "--model.compile=true")
     plain, compiled = (read_record(RUN.with_name(f"version_{n}"))["value"] for n in (0, 1))
     assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_setting_that_no_config_can_hold_is_named(hlbgpt, short, capfd) -> None:
+    message = error_of(hlbgpt, capfd, "fit", *short, *cb("mine.OnDevice"))
+    assert "config.yaml: a setting of the run, 'cpu', cannot be written to it" in message
 
 
 # --- from Python ----------------------------------------------------------------------------------

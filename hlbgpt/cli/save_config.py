@@ -1,5 +1,6 @@
 """The callback that saves a run's settings."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hlbgpt.cli.parser import one_line
 from hlbgpt.runs.config import CONFIG_KEY, hparams
 from hlbgpt.runs.folder import CONFIG, release_claim, run_folder
 from hlbgpt.runs.logger import tensorboard_loggers
@@ -43,12 +43,14 @@ class SaveConfig(SaveConfigCallback):
             warnings.filterwarnings("error", message="(?s).*Unable to serialize")
             try:
                 return str(self.parser.dump(config, skip_none=False))
-            except UserWarning as found:
-                what = one_line(found).rpartition("instance ")[2]
+            except (UserWarning, ValueError) as error:
+                found = re.search(r"Unable to serialize instance (\S+)", str(error))
+                if found is None:
+                    raise
                 raise InputError(
-                    f"{CONFIG}: a setting of the run, {what!r}, cannot be written to it as its "
-                    "class takes it; make the callback or logger in Python: fit(config, callbacks=)"
-                ) from found
+                    f"{CONFIG}: a setting of the run, {found[1]!r}, cannot be written to it; make "
+                    "the callback that has it in Python, and run fit(config, callbacks=...)"
+                ) from error
 
     def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
