@@ -84,10 +84,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.should_stop:
             self._save_or_stop(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last one; callbacks that average weights replace them for good in `on_train_end`."""
         assert isinstance(pl_module, LanguageModule)
         if self._saved_step != trainer.global_step:
             self._save(trainer, pl_module)
+
+    on_train_end = on_train_epoch_end  # without a step there is no end of an epoch
 
     def _save_or_stop(self, trainer: L.Trainer, module: LanguageModule) -> None:
         due = time.monotonic() - self._saved_at >= 60 * self.every_minutes

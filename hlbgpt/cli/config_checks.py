@@ -33,6 +33,16 @@ def check_trainer_settings(trainer: Any, *, this_machine: bool = True) -> None:
     for key in ("val_check_interval", "limit_train_batches"):
         if (value := getattr(trainer, key)) == 0:
             raise InputError(f"trainer.{key}: {value} is too little; set it above 0")
+    if trainer.barebones:
+        raise InputError(
+            "trainer.barebones: it logs no metrics, so that no target could be met; set "
+            "trainer.logger, checkpoint and console to null for a run with little besides the steps"
+        )
+    if str(trainer.strategy).startswith("ddp_spawn"):
+        raise InputError(
+            f"trainer.strategy: {trainer.strategy!r} would send a run that is already built to "
+            "other processes, which is not possible; use ddp"
+        )
     if not this_machine:
         return
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():

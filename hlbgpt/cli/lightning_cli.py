@@ -37,7 +37,7 @@ from hlbgpt.runs.folder import (
     require_unused,
     run_folder,
 )
-from hlbgpt.training import resume
+from hlbgpt.training import checks, resume
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
 
@@ -236,6 +236,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Print which settings differ from those of the checkpoint."""
+        checks.require_useful_callbacks(self.trainer)  # before they are set up
         self._require_matching_weights()
         if not self.checkpoint:
             return

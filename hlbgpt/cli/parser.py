@@ -1,8 +1,13 @@
 """The argument parser, whose errors are one line."""
 
 import re
-from typing import NoReturn
+import traceback
+from enum import Enum
+from typing import Any, NoReturn
 
+import lightning as L
+import yaml
+from jsonargparse import set_dumper
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -14,6 +19,23 @@ _OF_OPTIONAL_CLASS = re.compile(
     r"- Problem with given class_path '\S+': (Parser key \"(?P<setting>\S+)\": )?(?P<problem>.*)"
     r" - Expected a <class 'NoneType'> Given value type: .*"
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a member of an Enum as its value; Lightning's Timer has one as a default."""
+
+
+_Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+
+def _dump(settings: Any) -> str:
+    """As jsonargparse does."""
+    return yaml.dump(
+        settings, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
+
+
+set_dumper("yaml", _dump)
 
 
 class UsageError(SystemExit):
@@ -61,3 +83,15 @@ def constructor_error(error: BaseException, made: type | None = None) -> InputEr
         return InputError(message)
     where = f"{made.__name__}: " if made else ""
     return InputError(f"{where}{type(error).__name__}: {message}")
+
+
+def failed_callback(error: BaseException) -> L.Callback | None:
+    """The callback of Lightning's that raised `error`; None if other code than libraries did."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        here = frame.f_locals.get("self")
+        if isinstance(here, L.Callback):
+            found = here
+        if frame.f_globals["__name__"].partition(".")[0] not in ("lightning", "torch"):
+            found = None
+    return found

@@ -1,5 +1,7 @@
 """The callback that saves a run's settings."""
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from hlbgpt.runs.config import CONFIG_KEY, hparams
 from hlbgpt.runs.folder import CONFIG, release_claim, run_folder
 from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 from hlbgpt.utils.hardware import device_name
 from hlbgpt.utils.seed import run_seed
@@ -31,9 +34,23 @@ class SaveConfig(SaveConfigCallback):
         path = self._folder / CONFIG
         if path.exists():  # the run continues in its folder; it did not start from a checkpoint
             config.ckpt_path = None
-        self._text = self.parser.dump(config, skip_none=False)
+        self._text = self._dump(config)
         if not path.exists():
             self._write(path)
+
+    def _dump(self, config: Any) -> str:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*Unable to serialize")
+            try:
+                return str(self.parser.dump(config, skip_none=False))
+            except (UserWarning, ValueError) as error:
+                found = re.search(r"Unable to serialize instance (\S+)", str(error))
+                if found is None:
+                    raise
+                raise InputError(
+                    f"{CONFIG}: a setting of the run, {found[1]!r}, cannot be written to it; make "
+                    "the callback that has it in Python, and run fit(config, callbacks=...)"
+                ) from error
 
     def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,14 @@
 """Checks that trainer, network and data fit together, made before anything that takes long."""
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import Optimizer
 
@@ -9,6 +16,15 @@ from hlbgpt.data import TokenDataModule
 from hlbgpt.models import AdaptiveSoftmax, Network
 from hlbgpt.utils.errors import InputError
 
+# Callbacks that would train on without a word, but not do what they promise.
+_USELESS: dict[type[L.Callback], str] = {
+    StochasticWeightAveraging: "it averages at the ends of epochs, and training is one epoch "
+    "without end; use WeightAveraging or EMAWeightAveraging",
+    LearningRateFinder: "it looks for model.lr, but each parameter group has its own learning "
+    "rate; set model.optimizer.init_args.lr, and try several with scripts/sweep.py",
+    BatchSizeFinder: "it would change how many tokens a step trains on; set data.micro_batch_size "
+    "for the memory and data.micro_batches for the step",
+}
 _DEFAULT_MAX_EPOCHS = 1000  # what Lightning sets where neither steps nor epochs are given
 
 
@@ -22,6 +38,7 @@ def require_fitting_together(
         return
     require_context(net, data.eval_sequence_length, "data.eval_sequence_length")
     if stage == "fit":
+        require_useful_callbacks(trainer)
         require_supported(trainer)
         require_context(net, data.sequence_length, "data.sequence_length")
         data.require_batch(data.micro_batch_size, data.sequence_length)
@@ -38,6 +55,27 @@ def require_static_shapes(net: Network) -> None:
                 f"cannot use; set {len(module.sizes) - 1} fractions, one for each of the cutoffs, "
                 "or --model.compile false"
             )
+
+
+def require_useful_callbacks(trainer: L.Trainer) -> None:
+    """Raise InputError for callbacks of Lightning's that cannot work here."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for kind, why in _USELESS.items():
+            if isinstance(callback, kind):
+                raise _useless(callback, why)
+        if isinstance(callback, GradientAccumulationScheduler) and max(callback.scheduling):
+            raise _useless(
+                callback,
+                "it changes after an epoch, and training is one epoch without end; use "
+                "schedule.table, or trainer.accumulate_grad_batches for one number",
+            )
+        if isinstance(callback, ProgressBar) and not hasattr(callback, "is_enabled"):
+            raise _useless(callback, "it has no is_enabled, which Lightning's print reads; add it")
+
+
+def _useless(callback: L.Callback, why: str) -> InputError:
+    return InputError(f"trainer.callbacks: {type(callback).__name__}: {why}")
 
 
 def require_supported(trainer: L.Trainer) -> None:
@@ -110,6 +148,8 @@ def require_monitored_metrics(trainer: L.Trainer) -> None:
     for callback in callbacks:
         name = getattr(callback, "monitor", None)
         if not isinstance(name, str) or name in logged or not getattr(callback, "strict", True):
+            continue
+        if isinstance(callback, ModelCheckpoint) and name in ("epoch", "step"):  # it knows itself
             continue
         if not trainer.sanity_checking or name.startswith("val"):
             raise InputError(

@@ -37,15 +37,13 @@ class Evaluation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.loss, self.accuracy = MeanMetric(), MeanMetric()
-        self.set_dtype(torch.float64)
-
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """Set the precision of the sums; `Module.to` would not."""
-        self.loss.set_dtype(dtype)
-        self.accuracy.set_dtype(dtype)
 
     def update(self, net: Network, batch: Tensor) -> None:
         """Measure `net` on a batch (B, T + 1) int64, in which -1 fills up short windows."""
+        # Here, because a precision such as bf16-true converts the sums with the weights.
+        exact = torch.float32 if batch.device.type == "mps" else torch.float64
+        self.loss.set_dtype(exact)
+        self.accuracy.set_dtype(exact)
         scores, counted = token_scores(net, batch), batch[:, 1:] >= 0
         self.loss.update(scores.loss, counted)
         self.accuracy.update(scores.correct, counted)

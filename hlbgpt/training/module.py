@@ -53,7 +53,10 @@ class LanguageModule(step.MicroBatchedModule):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__()
-        self.net, self.optimizer, self.lr_scheduler = net, optimizer, lr_scheduler
+        self.net = net
+        # Functions, which are not copied with the module: what makes an optimizer may not be.
+        self.optimizer = lambda groups: optimizer(groups)
+        self.lr_scheduler = lr_scheduler and (lambda made: lr_scheduler(made))
         self.compile_net, self.compile_seconds, self.sampling = compile, 0.0, sampling
         self.clock, self.checkpoint_clock, self.clock_due = Stopwatch(), Stopwatch(), False
         self.train_shapes: list[tuple[int, int]] = []
@@ -89,8 +92,6 @@ class LanguageModule(step.MicroBatchedModule):
             checks.require_static_shapes(self.net)
         if self._fitting and strategy.root_device.type == "cuda":  # not those of an earlier run
             torch.cuda.reset_peak_memory_stats(strategy.root_device)
-        if strategy.root_device.type == "mps":  # has no double precision
-            self.evaluation.set_dtype(torch.float32)
 
     def configure_model(self) -> None:
         """Compile in place, which leaves the names in checkpoints as they are."""
