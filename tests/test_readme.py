@@ -78,6 +78,7 @@ CHECKS = [line for line in TYPED if line.startswith(("pytest ", "ruff "))]
 COMMANDS = commands_of_table(README) + [line for line in TYPED if line not in SETUP + CHECKS]
 # Those that take hours with the recipes as they are, and a picture of them.
 RECIPES = [line for line in COMMANDS if "prox" in line or "race.svg" in line]
+WITH_GPT2 = [line for line in COMMANDS if "--data.tokenizer gpt2" in line]
 
 
 def test_every_block_is_known() -> None:
@@ -253,7 +254,7 @@ def test_commands_and_files_in_their_order(
     hlbgpt("fit", "--config", "configs/quickstart.yaml", *tiny)
     for line in COMMANDS:
         program, words = line.split()[0], words_of(line, files)
-        if line in RECIPES:
+        if line in (*RECIPES, *WITH_GPT2):
             continue
         if words[0] == "tests/crash_test.py":  # forks
             run(*words, *FEWER[words[0]])
@@ -273,6 +274,15 @@ def test_commands_and_files_in_their_order(
     assert Path("quickstart.safetensors").is_file()
     assert runpy.run_path("parts.py")["logits"].shape == (1, 3, 256)
     assert Path("parts/record.json").is_file()
+
+
+def test_commands_with_the_tokenizer_of_gpt2(
+    hlbgpt: Callable[..., str], tiny: list[str], files: dict[str, str], gpt2: object
+) -> None:
+    assert WITH_GPT2
+    for line in WITH_GPT2:
+        words = words_of(line, files)
+        check(line, words, hlbgpt(*small(words, tiny)))
 
 
 def check(line: str, words: list[str], out: str) -> None:

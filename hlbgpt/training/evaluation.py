@@ -32,18 +32,21 @@ class Evaluation(nn.Module):
     """Adds up losses over batches and ranks, in double precision where the device has it.
 
     So the result does not depend on how the split is cut into batches.
+
+    Attributes:
+        dtype: Precision of the sums.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.loss, self.accuracy = MeanMetric(), MeanMetric()
+        self.dtype = torch.float64
 
     def update(self, net: Network, batch: Tensor) -> None:
         """Measure `net` on a batch (B, T + 1) int64, in which -1 fills up short windows."""
         # Here, because a precision such as bf16-true converts the sums with the weights.
-        exact = torch.float32 if batch.device.type == "mps" else torch.float64
-        self.loss.set_dtype(exact)
-        self.accuracy.set_dtype(exact)
+        self.loss.set_dtype(self.dtype)
+        self.accuracy.set_dtype(self.dtype)
         scores, counted = token_scores(net, batch), batch[:, 1:] >= 0
         self.loss.update(scores.loss, counted)
         self.accuracy.update(scores.correct, counted)

@@ -92,6 +92,8 @@ class LanguageModule(step.MicroBatchedModule):
             checks.require_static_shapes(self.net)
         if self._fitting and strategy.root_device.type == "cuda":  # not those of an earlier run
             torch.cuda.reset_peak_memory_stats(strategy.root_device)
+        if strategy.root_device.type == "mps":  # has no double precision
+            self.evaluation.dtype = torch.float32
 
     def configure_model(self) -> None:
         """Compile in place, which leaves the names in checkpoints as they are."""
