@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hlbgpt.callbacks.eta import fraction_done
 from hlbgpt.callbacks.time_to_target import TimeToTarget
+from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import require_positive
 
@@ -111,6 +112,5 @@ class Console(ProgressBar):
             parts.append(f"train_loss {logged['train_loss']:.4f}")
         if "tokens_per_second" in logged:
             parts.append(f"{logged['tokens_per_second']:,.0f} tokens/s")
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        clock = next((c for c in callbacks if isinstance(c, TimeToTarget)), None)
+        clock = next((c for c in callbacks_of(trainer) if isinstance(c, TimeToTarget)), None)
         return "  ".join([*parts, *([clock.eta(trainer, module)] if clock else [])])

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from hlbgpt.callbacks.signals import Interrupted, Signals
 from hlbgpt.runs.checkpoint_io import require_readable_states
 from hlbgpt.runs.folder import last_checkpoint, run_folder
+from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
 from hlbgpt.utils.errors import DivergedError, InputError
@@ -54,7 +55,7 @@ class LastCheckpoint(Checkpoint):
         """Raise InputError where another callback would keep checkpoints from being of use."""
         if (folder := run_folder(trainer)) is None:
             return
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         require_readable_states({type(c).__name__: c.state_dict() for c in callbacks})
         own = last_checkpoint(folder).resolve()
         for callback in callbacks:

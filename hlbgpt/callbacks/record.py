@@ -12,6 +12,7 @@ from rich.table import Table
 from hlbgpt.callbacks.target import Milestone
 from hlbgpt.runs.folder import CONFIG, run_folder
 from hlbgpt.runs.logger import RESULT
+from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.git import git_revision
 from hlbgpt.utils.hardware import device_name, driver_version, peak_memory
@@ -24,10 +25,9 @@ def make_record(
     """What `record.json` holds: the result, tokens, clocks, and what they were measured on."""
     folder, device = run_folder(trainer), module.device
     config = folder / CONFIG if folder else None
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return {
         **result,
-        "milestones": [c.figures() for c in callbacks if isinstance(c, Milestone)],
+        "milestones": [c.figures() for c in callbacks_of(trainer) if isinstance(c, Milestone)],
         "step": trainer.global_step,
         "tokens": module.tokens_seen,
         **clocks,

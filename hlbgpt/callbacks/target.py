@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
 
@@ -53,8 +54,8 @@ class Milestone(Target):
         return f"Milestone({self.monitor}, {self.mode}, {self.target})"
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if all(isinstance(c, Milestone) for c in callbacks if isinstance(c, Target)):
+        targets = [c for c in callbacks_of(trainer) if isinstance(c, Target)]
+        if all(isinstance(c, Milestone) for c in targets):
             raise InputError(
                 f"{type(self).__name__}: the run has no time_to_target, whose clock it reads; "
                 "take both out, or neither"

@@ -20,7 +20,7 @@ from hlbgpt.cli.run_callbacks import (
     require_no_second,
     without_unused,
 )
-from hlbgpt.cli.save_config import SaveConfig
+from hlbgpt.cli.save_config import SaveConfig, as_yaml
 from hlbgpt.cli.words import find_last, no_checkpoint, require_file
 from hlbgpt.data import TokenDataModule
 from hlbgpt.runs import RunLogger, load_checkpoint, require_matching_weights
@@ -248,7 +248,7 @@ class CLI(LightningCLI):
             resume.require_steps_left(self.checkpoint, self.trainer.max_steps, max_tokens)
         stored = self.checkpoint.get(CONFIG_KEY)
         if stored and is_first_process():
-            now = self._parser(self.subcommand).dump(self.settings, skip_none=False)
+            now = as_yaml(self._parser(self.subcommand), self.settings)
             for line in changed_settings(stored, now):
                 print(f"resume: {line}")
         self.checkpoint = {}  # frees memory; the trainer reads the file again

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from hlbgpt.runs.config import CONFIG_KEY, hparams
 from hlbgpt.runs.folder import CONFIG, release_claim, run_folder
@@ -34,23 +34,9 @@ class SaveConfig(SaveConfigCallback):
         path = self._folder / CONFIG
         if path.exists():  # the run continues in its folder; it did not start from a checkpoint
             config.ckpt_path = None
-        self._text = self._dump(config)
+        self._text = as_yaml(self.parser, config)
         if not path.exists():
             self._write(path)
-
-    def _dump(self, config: Any) -> str:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="(?s).*Unable to serialize")
-            try:
-                return str(self.parser.dump(config, skip_none=False))
-            except (UserWarning, ValueError) as error:
-                found = re.search(r"Unable to serialize instance (\S+)", str(error))
-                if found is None:
-                    raise
-                raise InputError(
-                    f"{CONFIG}: a setting of the run, {found[1]!r}, cannot be written to it; make "
-                    "the callback that has it in Python, and run fit(config, callbacks=...)"
-                ) from error
 
     def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,3 +74,19 @@ class SaveConfig(SaveConfigCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[CONFIG_KEY] = self._text
+
+
+def as_yaml(parser: LightningArgumentParser, config: Any) -> str:
+    """The settings in YAML; raises InputError for one that a config file cannot hold."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*Unable to serialize")
+        try:
+            return str(parser.dump(config, skip_none=False))
+        except (UserWarning, ValueError) as error:
+            found = re.search(r"Unable to serialize instance (\S+)", str(error))
+            if found is None:
+                raise
+            raise InputError(
+                f"{CONFIG}: a setting of the run, {found[1]!r}, cannot be written to it; make the "
+                "callback that has it in Python, and run fit(config, callbacks=...)"
+            ) from error

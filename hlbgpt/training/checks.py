@@ -59,8 +59,7 @@ def require_static_shapes(net: Network) -> None:
 
 def require_useful_callbacks(trainer: L.Trainer) -> None:
     """Raise InputError for callbacks of Lightning's that cannot work here."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         for kind, why in _USELESS.items():
             if isinstance(callback, kind):
                 raise _useless(callback, why)
@@ -113,9 +112,8 @@ def require_supported(trainer: L.Trainer) -> None:
 
 def require_no_accumulation(trainer: L.Trainer, key: str) -> None:
     """Raise InputError if gradients are accumulated twice: by Lightning, and as `key` says."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches != 1 or any(
-        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
+        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)
     ):
         raise InputError(
             f"trainer.accumulate_grad_batches (or GradientAccumulationScheduler) and {key} both "
@@ -144,8 +142,7 @@ def require_monitored_metrics(trainer: L.Trainer) -> None:
     training are not there yet.
     """
     logged = trainer.callback_metrics
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         name = getattr(callback, "monitor", None)
         if not isinstance(name, str) or name in logged or not getattr(callback, "strict", True):
             continue
@@ -175,6 +172,11 @@ def require_schedule_length(total_steps: int | None, trainer: L.Trainer) -> None
             f"total_steps {total_steps}; set both to the same number (a resumed run keeps its "
             "schedule)"
         )
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks of a run, in the order of their hooks."""
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def datamodule_of(trainer: L.Trainer) -> TokenDataModule:
