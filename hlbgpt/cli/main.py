@@ -118,8 +118,10 @@ def _silence_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Optimization stays as Lightning means it where a batch is one micro-batch.
     warnings.filterwarnings("ignore", message=".*`LightningModule.optimizer_.*hooks will not be.*")
+    # The end of the steps is in our own summary, and would stand behind the progress bar.
+    unwanted = ("Tip:", "`Trainer.fit` stopped: `max_steps=")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda entry: "Tip:" not in entry.getMessage()
+        lambda entry: not any(words in entry.getMessage() for words in unwanted)
     )
 
 
