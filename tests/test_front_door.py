@@ -315,23 +315,6 @@ def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
     assert ("torch 2" in done.stdout) == (words == ["--version"])
 
 
-def test_completion_in_the_shell(tmp_path: Path) -> None:
-    """What bash completes after a tab, with the script that the command prints."""
-    pytest.importorskip("shtab")
-    code = "from hlbgpt.__main__ import main; main(['--print_completion', 'shtab-bash'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    script = tmp_path / "complete.sh"
-    script.write_text(done.stdout)
-    for typed, completed in {
-        "--trainer.max_st": "--trainer.max_steps",
-        "--time_to_target.ta": "--time_to_target.target",
-    }.items():
-        words = f"COMP_WORDS=(hlbgpt fit {typed}); COMP_CWORD=2; _shtab_hlbgpt"
-        shell = f"source {script}; {words}; echo ${{COMPREPLY[@]}}"
-        out = subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout
-        assert out.split() == [completed]
-
-
 def test_typed_options_win_over_config_files_that_follow(hlbgpt, tiny: list[str]) -> None:
     Path("steps.yaml").write_text("trainer: {max_steps: 3}")
     hlbgpt("fit", *tiny, "--trainer.max_steps=2", "-c", "steps.yaml", *QUICKSTART)

@@ -205,7 +205,9 @@ def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def newest_record() -> str:
-    return max(Path("runs").rglob("record.json"), key=lambda path: path.stat().st_mtime).read_text()
+    return max(
+        Path("runs").rglob("record.json"), key=lambda path: path.stat().st_mtime_ns
+    ).read_text()
 
 
 @pytest.mark.slow
@@ -230,18 +232,22 @@ def test_comparisons_of_recipes(
     assert all(name in picture for name in ("speedrun", "hlb-gpt 0.4.1", "hlb-gpt 0.1.0", "CPU"))
 
 
-@pytest.mark.slow
 def test_completion_in_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bash completes after a tab, with the script that the README's command prints."""
     pytest.importorskip("shtab")
     monkeypatch.chdir(tmp_path)
     (words,) = re.findall(r'`eval "\$\(hlbgpt (.*?)\)"`', README)
     Path("completion").write_text(run("-m", "hlbgpt", *words.split()))
-    ask = (
-        "source completion; COMP_WORDS=(hlbgpt fit --trainer.max_st); COMP_CWORD=2; "
-        '_shtab_hlbgpt; echo "${COMPREPLY[@]}"'
-    )
-    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
-    assert done.stdout == "--trainer.max_steps\n"
+    for typed, completed in {
+        "--trainer.max_st": "--trainer.max_steps",
+        "--time_to_target.ta": "--time_to_target.target",
+    }.items():
+        ask = (
+            f"source completion; COMP_WORDS=(hlbgpt fit {typed}); COMP_CWORD=2; "
+            '_shtab_hlbgpt; echo "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [completed]
 
 
 def test_commands_and_files_in_their_order(
