@@ -118,11 +118,13 @@ def _silence_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Optimization stays as Lightning means it where a batch is one micro-batch.
     warnings.filterwarnings("ignore", message=".*`LightningModule.optimizer_.*hooks will not be.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
+
+
+def _is_wanted(entry: logging.LogRecord) -> bool:
     # The end of the steps is in our own summary, and would stand behind the progress bar.
     unwanted = ("Tip:", "`Trainer.fit` stopped: `max_steps=")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda entry: not any(words in entry.getMessage() for words in unwanted)
-    )
+    return not any(words in entry.getMessage() for words in unwanted)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
