@@ -47,6 +47,14 @@ class Keeps(L.Callback):
         return {"kept": {**kinds, "defaultdict": collections.defaultdict(int)}[self.kind]}
 
 
+class Ready(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.ready = 1
+
+    def state_dict(self):
+        return {"ready": self.ready}
+
+
 class Later(L.Callback):
     found = None
 
@@ -251,6 +259,11 @@ def test_a_state_that_cannot_be_read_again_does_not_replace_the_last_checkpoint(
     assert "callback Later: its state holds pathlib.PosixPath" in capfd.readouterr().err
     hlbgpt("validate", "--ckpt_path", LAST)
     assert torch.load(LAST, weights_only=True)["global_step"] == 2
+
+
+def test_a_state_that_is_made_when_training_starts(hlbgpt, mine, tiny: list[str]) -> None:
+    hlbgpt("fit", *QUICKSTART, *tiny, "--trainer.callbacks+=mine.Ready")
+    assert torch.load(LAST, weights_only=True)["callbacks"]["Ready"] == {"ready": 1}
 
 
 def test_one_callback_in_place_of_a_list_and_none(hlbgpt, tiny: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The run's checkpoint: saved every few minutes, at the end, and when a signal stops the run."""
 
+import contextlib
 import math
 import signal
 import time
@@ -56,7 +57,9 @@ class LastCheckpoint(Checkpoint):
         if (folder := run_folder(trainer)) is None:
             return
         callbacks = callbacks_of(trainer)
-        require_readable_states({type(c).__name__: c.state_dict() for c in callbacks})
+        for callback in callbacks:
+            with contextlib.suppress(AttributeError):  # not there yet; checked when it is saved
+                require_readable_states([(type(callback).__name__, callback.state_dict())])
         own = last_checkpoint(folder).resolve()
         for callback in callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last:

@@ -3,6 +3,7 @@
 import io
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,13 +71,13 @@ def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
         raise
 
 
-def require_readable_states(states: dict[str, Any]) -> None:
+def require_readable_states(states: Iterable[tuple[str, Any]]) -> None:
     """Raise InputError for the first state that a checkpoint could not be read with.
 
     Args:
-        states: What callbacks return from `state_dict`, by the callback's name.
+        states: Names of callbacks, each with what its `state_dict` returns.
     """
-    for name, state in states.items():
+    for name, state in states:
         try:
             torch.save(state, buffer := io.BytesIO())
             buffer.seek(0)
@@ -92,7 +93,7 @@ def require_readable_states(states: dict[str, Any]) -> None:
 
 def _unreadable_error(checkpoint: dict[str, Any], unreadable: list[str]) -> InputError:
     try:
-        require_readable_states(checkpoint.get("callbacks", {}))
+        require_readable_states(checkpoint.get("callbacks", {}).items())
     except InputError as error:
         return error
     return InputError(
