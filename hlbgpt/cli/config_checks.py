@@ -35,8 +35,8 @@ def check_trainer_settings(trainer: Any, *, this_machine: bool = True) -> None:
             raise InputError(f"trainer.{key}: {value} is too little; set it above 0")
     if trainer.barebones:
         raise InputError(
-            "trainer.barebones: it logs no metrics, so that no target could be met; set "
-            "trainer.logger, checkpoint and console to null for a run with little besides the steps"
+            "trainer.barebones: it logs no metrics, so that no target could be met; for a run with "
+            "little besides the steps, set trainer.logger to false, checkpoint and console to null"
         )
     if str(trainer.strategy).startswith("ddp_spawn"):
         raise InputError(
