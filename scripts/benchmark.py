@@ -29,7 +29,7 @@ from benchmark_results import BenchmarkRun, markdown, summarize
 
 from hlbgpt.runs.folder import RECORD, last_checkpoint
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.files import atomic_write, locked
+from hlbgpt.utils.files import atomic_write, locked, write_json
 
 AS_IS = "as is"
 INPUTS = "inputs.json"  # in a run's folder: the inputs that it was made from
@@ -209,8 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 runs.append(run(job))
                 print(runs[-1].in_a_line(), flush=True)
             results = summarize(runs, shlex.join(["python", "scripts/benchmark.py", *words]))
-            with atomic_write(options.out / "results.json") as path:
-                path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", "utf-8")
+            write_json(options.out / "results.json", results)
             with atomic_write(options.out / "results.md") as path:
                 path.write_text(markdown(results), "utf-8")
     except (InputError, OSError) as error:

@@ -8,7 +8,6 @@ OUT/measured.json: tables by their captions.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from hlbgpt.data import TrainLoader
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.files import atomic_write
+from hlbgpt.utils.files import write_json
 from hlbgpt.utils.hardware import gpu_of, peak_memory
 
 MEASURED = "measured.json"
@@ -190,8 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = measure(options.stage, words[split + 1 :], options.out, options.repeat)
         options.out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(options.out / MEASURED) as path:
-            path.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        write_json(options.out / MEASURED, found)
     except (InputError, OSError) as error:
         sys.stderr.write(f"gpu_measure.py: error: {error}\n")
         return 2

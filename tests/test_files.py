@@ -1,6 +1,7 @@
 """Locks between processes and atomic writes."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import names
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hlbgpt.utils.files import atomic_write, locked
+from hlbgpt.utils.files import atomic_write, locked, write_json
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -77,3 +80,33 @@ def test_a_lock_is_held_against_others(tmp_path: Path) -> None:
             assert not second
     with locked(tmp_path, wait=True) as again:
         assert again
+
+
+plain = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
+finite = plain.filter(lambda value: not isinstance(value, float) or abs(value) < float("inf"))
+values = st.dictionaries(
+    st.text(), st.recursive(finite, lambda x: st.lists(x) | st.dictionaries(st.text(), x))
+)
+
+
+@given(values)
+def test_json_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value) -> None:
+    path = tmp_path_factory.getbasetemp() / "a.json"
+    write_json(path, value)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+
+
+def test_json_has_null_and_a_word_for_what_is_not_finite(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    write_json(path := tmp_path / "a.json", {"a": nan, "b": {"c": [1.0, -inf]}, "d": inf, "e": 1})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "a": None,
+        "b": {"c": [1.0, None]},
+        "d": None,
+        "e": 1,
+        "not_finite": {"a": "nan", "b.c.1": "-inf", "d": "inf"},
+    }

@@ -1,6 +1,5 @@
 """The clock: stops training when the target is met, and records how long that took."""
 
-import json
 from typing import Any, Literal
 
 import lightning as L
@@ -11,7 +10,7 @@ from hlbgpt.callbacks.target import Target
 from hlbgpt.runs.folder import RECORD, run_folder
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import Stopwatch, run_seconds, synchronize
-from hlbgpt.utils.files import atomic_write
+from hlbgpt.utils.files import write_json
 
 
 class TimeToTarget(Target):
@@ -115,8 +114,7 @@ class TimeToTarget(Target):
             assert self._record is not None
             record = {**self._record, "checkpoint_seconds": self._checkpoint.seconds}
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / RECORD) as path:
-                path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / RECORD, record)
 
     def clocks(self) -> dict[str, float]:
         """All clocks in seconds, with those of earlier processes of the run."""

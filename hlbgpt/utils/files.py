@@ -1,11 +1,14 @@
-"""Locks between processes and atomic writes."""
+"""Locks between processes, and atomic writes."""
 
 import contextlib
 import glob
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -73,3 +76,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as JSON, completely or not at all.
+
+    JSON knows no NaN and no infinity. They become null, and `not_finite` lists which they were, as
+    in `{"value": null, "not_finite": {"value": "nan"}}`.
+    """
+    words: dict[str, str] = {}
+    values = _finite(values, "", words)
+    if words:
+        values["not_finite"] = words
+    with atomic_write(path) as temporary:
+        text = json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _finite(value: Any, key: str, words: dict[str, str]) -> Any:
+    """`value` with null for what is not finite, whose words are noted by their dotted keys."""
+    if isinstance(value, float) and not math.isfinite(value):
+        words[key] = str(value)
+        return None
+    if isinstance(value, dict):
+        inner = f"{key}." if key else ""
+        return {name: _finite(item, f"{inner}{name}", words) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item, f"{key}.{i}", words) for i, item in enumerate(value)]
+    return value
