@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import names
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlbgpt.utils.files import atomic_write, locked, write_json
@@ -89,6 +89,7 @@ values = st.dictionaries(
 )
 
 
+@settings(max_examples=20)  # each waits for the disk
 @given(values)
 def test_json_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value) -> None:
     path = tmp_path_factory.getbasetemp() / "a.json"
