@@ -180,7 +180,7 @@ def test_clocks_go_on_after_a_restart(folder: Path, tmp_path: Path) -> None:
         "wall_seconds": 5000.0,
     }
     clock = TimeToTarget(target=0.1)
-    clock.load_state_dict({**before, "last_value": None, "values": []})
+    clock.load_state_dict({**before, "last_measurement": None, "values": []})
     fit(folder, tmp_path, clock, max_steps=2)
     record = read_record(tmp_path)
     for name, seconds in before.items():

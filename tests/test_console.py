@@ -56,7 +56,7 @@ def test_the_forecast_of_a_run_is_told_until_its_end_is_nearer(tmp_path: Path) -
             "checkpoint_seconds": 0.0,
             "compile_seconds": 0.0,
             "wall_seconds": 0.0,
-            "last_value": (5.0, 100),
+            "last_measurement": None,
             "values": [(20.0, 5.5), (40.0, 5.0)],  # half a nat with each doubling
         }
     )

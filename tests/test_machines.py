@@ -169,8 +169,10 @@ def test_apple_gpus_train_and_evaluate_without_doubles(make) -> None:
         module.net(batch[:, :-1], batch[:, 1:]).backward()
         with torch.no_grad():
             module.evaluation.update(module.net, batch)
-    assert module.evaluation.loss.compute() == pytest.approx(math.log(64), abs=2)
-    assert module.evaluation.loss.compute().dtype == torch.float32
+    loss, _, tokens, windows = module.evaluation.compute()
+    assert loss / tokens == pytest.approx(math.log(64), abs=2)
+    assert loss.dtype == torch.float32
+    assert (tokens, windows) == (16, 2)
 
 
 def test_token_counts_reach_apple_gpus_without_doubles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,13 @@ from hlbgpt.callbacks.target import Milestone
 from hlbgpt.runs.folder import CONFIG, run_folder
 from hlbgpt.runs.logger import RESULT
 from hlbgpt.training.checks import callbacks_of
+from hlbgpt.training.evaluation import part_of_split
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.git import git_revision
 from hlbgpt.utils.hardware import device_name, driver_version, peak_memory
 from hlbgpt.utils.seed import run_seed
+
+BENCHMARK_WINDOW = 1024  # predicted tokens, or the network's context where that is shorter
 
 
 def make_record(
@@ -27,11 +30,13 @@ def make_record(
     config = folder / CONFIG if folder else None
     return {
         **result,
+        "caveats": caveats(module, result["validation"]),
         "milestones": [c.figures() for c in callbacks_of(trainer) if isinstance(c, Milestone)],
         "step": trainer.global_step,
         "tokens": module.tokens_seen,
         **clocks,
         **module.throughput.means(clocks["train_seconds"]),
+        "texts": {"train": module.train_texts},
         "parameters": sum(parameter.numel() for parameter in module.net.parameters()),
         "seed": run_seed(),
         "precision": str(trainer.precision),
@@ -46,6 +51,18 @@ def make_record(
     }
 
 
+def caveats(module: LanguageModule, validation: dict[str, Any] | None) -> list[str]:
+    """What makes the result no record that others can be compared with; none for a whole run."""
+    found, usual = [], min(BENCHMARK_WINDOW, module.net.max_sequence_length or BENCHMARK_WINDOW)
+    if validation and not validation["complete"]:
+        found.append(f"validated on {part_of_split(validation)}")
+    if validation and (length := validation["sequence_length"]) != usual:
+        found.append(f"validated in windows of {length} tokens instead of {usual}")
+    if (texts := len(module.train_texts)) > 1:
+        found.append(f"trained on {texts} texts, one after the other")
+    return found
+
+
 def summary(record: dict[str, Any]) -> str:
     """The result in a line, and the figures in a table."""
     value = "never validated" if record["value"] is None else f"{record['value']:.4f}"
@@ -55,6 +72,8 @@ def summary(record: dict[str, Any]) -> str:
         f"{record['step']} after {record['tokens'] / 1e6:.2f}M tokens: "
         f"{record['train_seconds']:.1f} s of training"
     )
+    if record["caveats"]:
+        verdict += f"\nnot a record: {'; '.join(record['caveats'])}"
     table = Table(box=box.SIMPLE, show_header=False)
     for name, figure in _figures(record).items():
         table.add_row(name, figure)

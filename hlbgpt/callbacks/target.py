@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from hlbgpt.training import evaluation
 from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
@@ -28,6 +29,25 @@ class Target(L.Callback):
     def read(self, trainer: L.Trainer) -> float:
         """The metric's value of the validation that was just made."""
         return float(trainer.callback_metrics[self.monitor])
+
+    def measure(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, Any]:
+        """The value of the validation that was just made, and what it was measured on."""
+        return {
+            "monitor": self.monitor,
+            "value": self.read(trainer),
+            "step": trainer.global_step,
+            "validation": module.measured,
+        }
+
+    def still_holds(
+        self, measured: dict[str, Any] | None, trainer: L.Trainer, module: LanguageModule
+    ) -> bool:
+        """Whether what `measure` returned before a resume would be measured the same now."""
+        return (
+            measured is not None
+            and measured["monitor"] == self.monitor
+            and evaluation.still_holds(measured["validation"], trainer, module.data)
+        )
 
 
 class Milestone(Target):
@@ -65,19 +85,25 @@ class Milestone(Target):
         assert isinstance(pl_module, LanguageModule)
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.met is not None:
             return
-        if not self.is_met(value := self.read(trainer)):
+        measured = self.measure(trainer, pl_module)
+        if not self.is_met(measured["value"]):
             return
         self.met = {
-            "value": value,
-            "step": trainer.global_step,
+            **measured,
             "tokens": pl_module.tokens_seen,
             "train_seconds": pl_module.clock.seconds,
         }
         pl_module.print(
-            f"milestone: {self.monitor} {value:.4f} (target {self.target:g}) at step "
+            f"milestone: {self.monitor} {measured['value']:.4f} (target {self.target:g}) at step "
             f"{trainer.global_step} after {pl_module.tokens_seen / 1e6:.2f}M tokens: "
             f"{pl_module.clock.seconds:.1f} s of training"
         )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run resumed with another validation text has its milestones still to meet."""
+        assert isinstance(pl_module, LanguageModule)
+        if not self.still_holds(self.met, trainer, pl_module):
+            self.met = None
 
     def figures(self) -> dict[str, Any]:
         """What `record.json` says of this milestone."""

@@ -10,6 +10,7 @@ from hlbgpt.callbacks.target import Target
 from hlbgpt.runs.folder import RECORD, run_folder
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import Stopwatch, run_seconds, synchronize
+from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import write_json
 
 
@@ -49,7 +50,8 @@ class TimeToTarget(Target):
         # Of earlier processes of this run.
         self._before = {"data_seconds": 0.0, "compile_seconds": 0.0, "wall_seconds": 0.0}
         self._data, self._compile_seconds = Stopwatch(), 0.0
-        self._last_value: tuple[float, int] | None = None  # monitored value, and at which step
+        self._last: dict[str, Any] | None = None  # what the last validation measured
+        self._dropped_at: int | None = None  # step of a resume at which that did not count any more
         self._values: list[tuple[float, float]] = []  # seconds of training, monitored value
         self._record: dict[str, Any] | None = None
 
@@ -61,7 +63,8 @@ class TimeToTarget(Target):
         self._compile_seconds = pl_module.compile_seconds
         self._data = pl_module.train_loader.wait
         self._record = None
-        if self._last_value and self.is_met(self._last_value[0]):
+        self._drop_other_measurement(trainer, pl_module)
+        if self._last and self.is_met(self._last["value"]):
             self.reached = trainer.should_stop = True  # by the run that is resumed
             return
         synchronize(pl_module.device)
@@ -79,8 +82,8 @@ class TimeToTarget(Target):
             return
         synchronize(pl_module.device)
         self._validation.stop()
-        value = self.read(trainer)
-        self._last_value = value, trainer.global_step
+        self._last = self.measure(trainer, pl_module)
+        value = self._last["value"]
         self._values.append((self._train.seconds, value))
         self.reached = trainer.strategy.reduce_boolean_decision(self.is_met(value))
         if self.reached:
@@ -107,7 +110,8 @@ class TimeToTarget(Target):
         """Write the record last: a folder without record.json can be resumed."""
         assert isinstance(pl_module, LanguageModule)
         if self._record is None:  # resumed with nothing left to do
-            self.reached = self._last_value is not None and self.is_met(self._last_value[0])
+            self._drop_other_measurement(trainer, pl_module)
+            self.reached = self._last is not None and self.is_met(self._last["value"])
             self._publish(trainer, pl_module)
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
@@ -128,14 +132,14 @@ class TimeToTarget(Target):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.clocks(), "last_value": self._last_value, "values": self._values}
+        return {**self.clocks(), "last_measurement": self._last, "values": self._values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._train = Stopwatch(state_dict["train_seconds"])
         self._validation = Stopwatch(state_dict["validation_seconds"])
         self._checkpoint = Stopwatch(state_dict["checkpoint_seconds"])
         self._before = {name: state_dict[name] for name in self._before}
-        self._last_value, self._values = state_dict["last_value"], state_dict["values"]
+        self._last, self._values = state_dict["last_measurement"], state_dict["values"]
 
     def eta(self, trainer: L.Trainer, module: LanguageModule) -> str:
         """When the target or the end of the run is expected, in words; empty if not known."""
@@ -149,16 +153,28 @@ class TimeToTarget(Target):
                 return f"ends in about {in_words(end)}" if done < 1 else ""
         return "" if left is None else f"target in about {in_words(left)}"
 
+    def _drop_other_measurement(self, trainer: L.Trainer, module: LanguageModule) -> None:
+        """After a resume, a value of another metric, text or part of it is measured anew."""
+        if self._last is not None and not self.still_holds(self._last, trainer, module):
+            self._last, self._values, self._dropped_at = None, [], trainer.global_step
+
     def _publish(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Make the record; print and log it."""
-        value, value_step = self._last_value or (None, None)
+        if self._dropped_at == trainer.global_step:
+            raise InputError(
+                f"time_to_target: the run has made all its steps, but its last validation was not "
+                f"of {self.monitor} on this text, in windows of this length; resume it with the "
+                "settings of its run, or measure the checkpoint with `hlbgpt validate`"
+            )
+        last = self._last or {"value": None, "step": None, "validation": None}
         result = {
             "reached": self.reached,
             "monitor": self.monitor,
             "target": self.target,
             "mode": self.mode,
-            "value": value,  # of the last validation, which was made at `value_step`
-            "value_step": value_step,
+            "value": last["value"],  # of the last validation, which was made at `value_step`
+            "value_step": last["step"],
+            "validation": last["validation"],
         }
         self._record = make_record(trainer, module, result, self.clocks())
         module.print(summary(self._record))

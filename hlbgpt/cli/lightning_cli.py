@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from hlbgpt.runs.folder import (
     is_unfinished,
     last_checkpoint,
     reclaim_folder,
+    require_one_process,
     require_unused,
     run_folder,
 )
 from hlbgpt.training import checks, resume
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.seed import forget_seed
 
 
 class CLI(LightningCLI):
@@ -114,6 +117,11 @@ class CLI(LightningCLI):
     def _set_seed(self) -> None:
         if self.build_device is not None:
             return
+        if self.settings.seed_everything is True and is_first_process():
+            require_one_process("seed_everything", "name a seed for all of them")
+            self.settings.seed_everything = secrets.randbelow(2**32)  # Lightning would take 0
+        elif self.settings.seed_everything is False:
+            forget_seed()
         try:
             super()._set_seed()
         except ValueError as error:

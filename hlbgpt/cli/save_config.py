@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from hlbgpt.runs.config import CONFIG_KEY, hparams
+from hlbgpt.runs.config import CONFIG_KEY, hparams, text_settings
 from hlbgpt.runs.folder import CONFIG, release_claim, run_folder
 from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.training import resume
+from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 from hlbgpt.utils.hardware import device_name
@@ -42,6 +44,20 @@ class SaveConfig(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(self._text, encoding="utf-8")
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Raise InputError for a text that has changed since, unless another one is named."""
+        assert isinstance(pl_module, LanguageModule)
+        changed = resume.changed_texts(checkpoint, pl_module.data)
+        stored = checkpoint.get(CONFIG_KEY)
+        if changed and stored and text_settings(stored) == text_settings(self._text):
+            raise InputError(
+                f"data.source: the text of the {' and '.join(changed)} split has changed since the "
+                "checkpoint was written; restore it, start a new run, or name the new text by "
+                "another path, which the record will say"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Replace the settings of a run that continues with others, now that they are accepted.

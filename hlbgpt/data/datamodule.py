@@ -50,7 +50,7 @@ class TokenDataModule(L.LightningDataModule):
         eval_batch_size: Validation windows in a batch, and prompts that `predict` continues
             together. It changes memory and speed, not the loss or the texts.
         cache_dir: Folder for the token files.
-        seed: Seed of the data order; by default the run's `seed_everything`.
+        seed: Seed of the data order; by default the run's `seed_everything`, or 0 without one.
         prompts: Texts that `predict` continues.
         tokens_on_device: Whether to keep the training tokens on the device and gather batches
             there. By default on a GPU, if they take less than a tenth of its free memory.
@@ -159,7 +159,7 @@ class TokenDataModule(L.LightningDataModule):
                 batch_size=batch_size,
                 sequence_length=sequence_length,
                 micro_batches=self.micro_batches,
-                seed=self.seed if self.seed is not None else run_seed(),
+                seed=self.seed if self.seed is not None else run_seed() or 0,
                 **self._rank(),
             )
         except ValueError as error:

@@ -45,6 +45,11 @@ class Header:
         if self.dtype not in ("<u2", "<u4"):
             raise ValueError(f"dtype {self.dtype!r}")
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells texts apart in records and checkpoints: the checksum of the tokens."""
+        return f"{self.crc32:08x}"
+
 
 class TokenFile:
     """A token file opened for reading.

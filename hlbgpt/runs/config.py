@@ -95,3 +95,10 @@ def hparams(config: str) -> dict[str, bool | int | float | str]:
         if chosen and value not in (None, [], {}) and not name.startswith(_NO_HPARAMS):
             found[name] = value if isinstance(value, (bool, int, float)) else str(value)
     return found
+
+
+def text_settings(config: str) -> dict[str, Any]:
+    """The settings of a config in YAML that name the text and its tokens."""
+    keys = ("data.source", "data.tokenizer", "data.special_tokens")
+    settings = flat_settings(yaml.safe_load(config) or {})
+    return {key: value for key, value in settings.items() if key.startswith(keys)}

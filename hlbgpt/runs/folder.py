@@ -88,13 +88,15 @@ def claim_folder(parent: Path) -> Path:
     """
     if (claimed := os.environ.get(_CLAIMED)) and not is_first_process():
         return Path(claimed)
+    require_one_process("trainer.default_root_dir", "name the run's folder for all of them")
+    return reclaim_folder(_new_folder(parent))
+
+
+def require_one_process(key: str, advice: str) -> None:
+    """Raise InputError where a launcher has started several processes, which could not agree."""
     tasks = os.environ.get("SLURM_NTASKS", "1") if SLURMEnvironment.detect() else "1"
     if os.environ.get("WORLD_SIZE", tasks) != "1":
-        raise InputError(
-            "trainer.default_root_dir: several processes were started, by torchrun or srun; name "
-            "the run's folder for all of them"
-        )
-    return reclaim_folder(_new_folder(parent))
+        raise InputError(f"{key}: several processes were started, by torchrun or srun; {advice}")
 
 
 def _new_folder(parent: Path) -> Path:

@@ -38,6 +38,9 @@ class LanguageModule(step.MicroBatchedModule):
         clock_due: Whether the clock is to go on once a validation is over.
         checkpoint_clock: Time spent on saving checkpoints, which is no training time.
         last_logged: Values of the last training step that was logged.
+        measured: What the last evaluation measured, see `hlbgpt.training.evaluation.coverage`.
+        train_texts: Fingerprints of the texts trained on, one unless the run was resumed with
+            another.
         train_shapes: Each (B, T) that micro-batches will have, to be compiled before training.
     """
 
@@ -64,6 +67,8 @@ class LanguageModule(step.MicroBatchedModule):
         self.throughput = Throughput()
         self.step_metrics = step_metrics.StepMetrics(log_norms)
         self.last_logged: dict[str, float] = {}
+        self.measured: dict[str, Any] = {}
+        self.train_texts: list[str] = []
         self._step_values: dict[str, Any] = {}  # to be logged once the step is made
         self._resume_state: dict[str, Any] | None = None  # until training continues
         self._fitting = False
@@ -88,12 +93,14 @@ class LanguageModule(step.MicroBatchedModule):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
             strategy.checkpoint_io = AtomicCheckpointIO()
-        if self._fitting and self.compile_net:
-            checks.require_static_shapes(self.net)
-        if self._fitting and strategy.root_device.type == "cuda":  # not those of an earlier run
-            torch.cuda.reset_peak_memory_stats(strategy.root_device)
+        if self._fitting:
+            self.train_texts = [self.data.files["train"].header.fingerprint]
+            if self.compile_net:
+                checks.require_static_shapes(self.net)
+            if strategy.root_device.type == "cuda":  # not those of an earlier run
+                torch.cuda.reset_peak_memory_stats(strategy.root_device)
         if strategy.root_device.type == "mps":  # has no double precision
-            self.evaluation.dtype = torch.float32
+            self.evaluation.sum_dtype = torch.float32
 
     def configure_model(self) -> None:
         """Compile in place, which leaves the names in checkpoints as they are."""
@@ -202,12 +209,14 @@ class LanguageModule(step.MicroBatchedModule):
             logger.save()
         checkpoint[resume.KEY] = {
             **self.throughput.state_dict(),
+            **resume.text_state(self.data, self.train_texts),
             "validated": self.validation_due,
             "random": resume.random_states(self.device),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_matching_weights(self, checkpoint, "the checkpoint")
+        resume.require_same_tokenizer(checkpoint, self.data)
         if not self._fitting:
             return
         resume.require_training_state(checkpoint)
@@ -215,6 +224,9 @@ class LanguageModule(step.MicroBatchedModule):
             checks.require_schedule_length(schedule.get("total_steps"), self.trainer)
         self._resume_state = checkpoint[resume.KEY]
         self.throughput.load_state_dict(self._resume_state)
+        self.train_texts = resume.train_texts(checkpoint, self.data)
+        for split in resume.changed_texts(checkpoint, self.data):
+            self.print(f"resume: the {split} split is another text than the checkpoint's")
 
     def _resume(self, state: dict[str, Any]) -> None:
         """Restore the rest, now that nothing of the set-up draws random numbers any more."""
@@ -256,7 +268,10 @@ class LanguageModule(step.MicroBatchedModule):
         self._log_evaluation("test", "test")
 
     def _log_evaluation(self, split: str, prefix: str) -> None:
-        found = self.evaluation.compute(self.data.files[split].header)
+        header, length = self.data.files[split].header, self.data.eval_sequence_length
+        found, self.measured = self.evaluation.finish(header, length)
+        if not self._fitting and not self.measured["complete"]:
+            self.print(f"measured on {evaluation.part_of_split(self.measured)} only")
         values = {f"{prefix}_{name}": value for name, value in found.items()}
         # For callbacks, and the table of `hlbgpt validate`.
         self.log_dict(values, logger=False if self._fitting else None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hlbgpt.data import TokenDataModule
 from hlbgpt.utils.errors import InputError
 
 KEY = "hlbgpt"  # of this project's part of a checkpoint
@@ -52,6 +53,57 @@ def _generator(device: torch.device) -> Any:
 def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """Steps made and tokens seen when `checkpoint` was written."""
     return checkpoint["global_step"], checkpoint[KEY]["tokens_seen"]
+
+
+# --- tokenizer and text ---------------------------------------------------------------------------
+
+
+def text_state(data: TokenDataModule, train_texts: list[str]) -> dict[str, Any]:
+    """What a checkpoint says of the text that its network knows.
+
+    Args:
+        data: The datamodule, set up for training.
+        train_texts: Fingerprints of the texts trained on.
+    """
+    return {
+        "tokenizer": data.tokenizer,
+        "special_tokens": list(data.special_tokens),
+        "vocab_size": data.vocab_size,
+        "texts": {"train": train_texts, "validation": data.files["validation"].header.fingerprint},
+    }
+
+
+def train_texts(checkpoint: dict[str, Any], data: TokenDataModule) -> list[str]:
+    """Fingerprints of the texts that a resumed run has trained on when it has ended."""
+    earlier, now = checkpoint[KEY]["texts"]["train"], data.files["train"].header.fingerprint
+    return [*earlier, now] if now != earlier[-1] else earlier
+
+
+def changed_texts(checkpoint: dict[str, Any], data: TokenDataModule) -> list[str]:
+    """The splits whose text is another one than that of the checkpoint's run."""
+    texts = checkpoint[KEY]["texts"]
+    earlier = {"train": texts["train"][-1], "validation": texts["validation"]}
+    return [split for split in earlier if data.files[split].header.fingerprint != earlier[split]]
+
+
+def require_same_tokenizer(checkpoint: dict[str, Any], data: TokenDataModule) -> None:
+    """Raise InputError for a tokenizer whose numbers mean other texts to the checkpoint's network.
+
+    Special tokens may be added to those that it knows.
+    """
+    if (state := checkpoint.get(KEY)) is None:  # of a trainer that this project did not save
+        return
+    known, given = state["special_tokens"], list(data.special_tokens)
+    if state["tokenizer"] != data.tokenizer:
+        raise InputError(
+            f"data.tokenizer: {data.tokenizer}, but the checkpoint's network was trained with "
+            f"{state['tokenizer']}, and the numbers of its tokens mean other texts; leave it out"
+        )
+    if given[: len(known)] != known:
+        raise InputError(
+            f"data.special_tokens: {given}, but the checkpoint's network was trained with {known}; "
+            "begin with those"
+        )
 
 
 # --- checks ---------------------------------------------------------------------------------------
