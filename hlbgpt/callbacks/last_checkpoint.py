@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from hlbgpt.callbacks.signals import Interrupted, Signals
 from hlbgpt.runs.checkpoint_io import require_readable_states
-from hlbgpt.runs.folder import last_checkpoint, run_folder
+from hlbgpt.runs.folder import last_checkpoint, occupy, run_folder
 from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
@@ -53,7 +53,8 @@ class LastCheckpoint(Checkpoint):
     # --- checks before training -----------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise InputError where another callback would keep checkpoints from being of use."""
+        """Raise InputError where checkpoints would be of no use, or would replace another run's."""
+        occupy(trainer)
         if (folder := run_folder(trainer)) is None:
             return
         callbacks = callbacks_of(trainer)

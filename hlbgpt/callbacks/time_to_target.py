@@ -7,7 +7,7 @@ import lightning as L
 from hlbgpt.callbacks.eta import fraction_done, in_words, seconds_to_target
 from hlbgpt.callbacks.record import log_record, make_record, summary
 from hlbgpt.callbacks.target import Target
-from hlbgpt.runs.folder import RECORD, run_folder
+from hlbgpt.runs.folder import RECORD, occupy, run_folder
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import Stopwatch, run_seconds, synchronize
 from hlbgpt.utils.errors import InputError
@@ -56,6 +56,10 @@ class TimeToTarget(Target):
         self._record: dict[str, Any] | None = None
 
     # --- the clocks ---------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise InputError where the record would replace that of another run."""
+        occupy(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)

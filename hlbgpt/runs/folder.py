@@ -18,6 +18,8 @@ RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
 _CLAIMED = "HLBGPT_RUN_FOLDER"  # environment variable, for the ranks that Lightning launches
 _FOLDERS: WeakKeyDictionary[L.Trainer, Path | None] = WeakKeyDictionary()  # of trainers without one
+_HELD: set[Path] = set()  # folders that this process holds
+_HOLDS: WeakKeyDictionary[L.Trainer, contextlib.ExitStack] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
@@ -147,6 +149,23 @@ def remove_unused_folder() -> None:
             folder.parents[1].rmdir()
 
 
+def occupy(trainer: L.Trainer) -> None:
+    """Keep the folder of a run that begins from being used by another one, until its trainer goes.
+
+    Raises InputError if the folder holds another run, unless `trainer` resumes that run from its
+    last.ckpt, or if another process is training there.
+    """
+    if (folder := run_folder(trainer)) is None:
+        return
+    resumed = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+    if resumed != last_checkpoint(folder).resolve() or (folder / RECORD).exists():
+        require_unused(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.is_global_zero and folder.resolve() not in _HELD:  # by the command line, say
+        _HOLDS[trainer] = contextlib.ExitStack()
+        _HOLDS[trainer].enter_context(exclusive(folder))
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` against other processes that would continue the same run.
@@ -154,10 +173,14 @@ def exclusive(folder: Path) -> Iterator[None]:
     The system releases it when the process ends, however it ends. Raises InputError if another
     process holds it.
     """
-    with locked(folder, wait=False) as held:
-        if not held:
+    with locked(folder, wait=False) as free:
+        if not free:
             raise InputError(
                 f"ckpt_path: the run in {folder} is still going on in another process; wait for it "
                 "or stop it first"
             )
-        yield
+        _HELD.add(held := folder.resolve())
+        try:
+            yield
+        finally:
+            _HELD.discard(held)
