@@ -124,12 +124,16 @@ def problems(row: dict[str, str], results: dict[str, Any]) -> list[str]:
     config = linked(row["config"])
     runs = [run for run in results["runs"] if run["variant"] == f"{config.stem}, as is"]
     (found,) = [each for each in results["variants"] if each["variant"] == f"{config.stem}, as is"]
+    records = [run["record"] for run in runs]
+    fingerprints = {record["validation"]["fingerprint"] for record in records}
     rules = {
         "the date is not YYYY-MM-DD": re.fullmatch(r"20\d\d-\d\d-\d\d", row["date"]),
         "the config is not in configs/": config.parent == CONFIGS and config.is_file(),
         "fewer than 10 runs": len(runs) >= 10,
         "the seeds are not 0 to n - 1": sorted(run["seed"] for run in runs) == [*range(len(runs))],
         "a run failed": not any(run["error"] for run in runs),
+        "a run is no record": not any(record["caveats"] for record in records),
+        "the validation texts differ": len(fingerprints) == 1,
         "p is not below 0.01": found["target_p"] is not None and found["target_p"] < 0.01,
         "the target is not 3.8": (results["monitor"], results["target"]) == (["val_loss"], ["3.8"]),
         "the hardware is another": results["device"] == [row["hardware"]],
@@ -155,13 +159,16 @@ def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
         "mode": "min",
         "device": "GPU",
         "torch": "2.13.0",
+        "caveats": changes.pop("caveats", []),
     }
     record |= {"git_revision": changes.pop("revision", "abc"), "tokens": 20_000_000}
     record |= {"train_seconds": 30.0, "compile_seconds": 60.0, "wall_seconds": 100.0}
     runs = []
     for seed in set(range(count)) - {changes.get("left_out")}:
         error = "killed" if seed == changes.get("failed") else None
-        value = {"value": mean + seed % 2 * 0.001}
+        value: dict[str, Any] = {"value": mean + seed % 2 * 0.001}
+        other = seed == changes.get("other_text")
+        value |= {"validation": {"fingerprint": "b" if other else "a"}}
         runs.append(BenchmarkRun("speedrun, as is", seed, error=error, record=record | value))
     results = json.loads(json.dumps(summarize(runs, "benchmark.py ...")))
     cells = variant_row(results["variants"][0])
@@ -176,6 +183,8 @@ def test_a_row_has_to_keep_the_rules() -> None:
     assert example(count=12, left_out=3) == ["the seeds are not 0 to n - 1"]
     assert example(count=12, failed=3) == ["a run failed", "p is not below 0.01"]
     assert example(mean=3.7997) == ["p is not below 0.01"]
+    assert example(caveats=["validated on 10% of the split"]) == ["a run is no record"]
+    assert example(other_text=3) == ["the validation texts differ"]
     assert example(hardware="CPU") == ["the hardware is another"]
     assert example(revision="abc-dirty") == ["the revision is not one, or has changes"]
     assert example(date="today") == ["the date is not YYYY-MM-DD"]

@@ -264,6 +264,7 @@ class CLI(LightningCLI):
     def _require_matching_weights(self) -> None:
         if self.checkpoint:
             require_matching_weights(self.model, self.checkpoint, str(self.checkpoint_path))
+            resume.require_same_tokenizer(self.checkpoint, self.datamodule)  # before it is used
 
     before_validate = before_test = before_predict = _require_matching_weights
 
