@@ -57,7 +57,7 @@ class Evaluation(Metric):
         scores, counted = token_scores(net, batch), batch[:, 1:] >= 0
         # Cast here, because a precision such as bf16-true converts the sum with the weights.
         self.loss_sum = self.loss_sum.to(self.sum_dtype) + scores.loss.to(self.sum_dtype).sum()
-        self.correct += scores.correct[counted].sum()
+        self.correct += scores.correct.sum()
         self.tokens += counted.sum()
         self.windows += counted.any(1).sum()
 
