@@ -2,8 +2,10 @@
 
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,7 @@ from torch import nn
 
 from hlbgpt.optim import MuonAdamW
 from hlbgpt.optim.schedules import (
+    PlannedStep,
     PowerLaw,
     ScheduleRow,
     check_table,
@@ -55,7 +58,77 @@ def test_steps_follow_the_table(
     # The cut into micro-batches changes nothing else.
     whole = plan_steps(table, micro_batch_tokens=10**9, world_size=world_size)
     same = [s._replace(batch_size=s.batch_size * s.micro_batches, micro_batches=1) for s in steps]
-    assert same == whole
+    assert same == list(whole)
+
+
+def listed_steps(
+    table: list[ScheduleRow], micro_batch_tokens: int, world_size: int
+) -> list[PlannedStep]:
+    """The slow reference: every step in turn, from the rows themselves."""
+
+    def last(column: str, tokens: int) -> tuple[int, Any]:
+        rows = [row for row in table if row.tokens <= tokens and getattr(row, column) is not None]
+        return (rows[-1].tokens, getattr(rows[-1], column)) if rows else (0, None)
+
+    def interpolated(column: str, tokens: float) -> float | None:
+        rows = [row for row in table if getattr(row, column) is not None]
+        values = [getattr(row, column) for row in rows]
+        return float(np.interp(tokens, [row.tokens for row in rows], values)) if rows else None
+
+    steps, start, end = [], 0, table[-1].tokens
+    while start < end:
+        length = last("sequence_length", start)[1]
+        windows = max(1, round(last("step_tokens", start)[1] / (length * world_size)))
+        room = max(1, micro_batch_tokens // length)
+        batch_size = max(
+            size for size in range(1, windows + 1) if not windows % size if size <= room
+        )
+        stop = start + windows * length * world_size
+        begin, every = last("validate_every", start)
+        marks = every and (stop - begin) // every > (start - begin) // every
+        lr, momentum = (interpolated(name, (start + stop) / 2) for name in ("lr", "momentum"))
+        shape = length, batch_size, windows // batch_size
+        lr = 1.0 if lr is None else lr
+        steps.append(PlannedStep(start, *shape, lr, momentum, bool(stop >= end or marks)))
+        start = stop
+    return steps
+
+
+@given(table=tables(), micro_batch_tokens=st.integers(1, 2000), world_size=st.integers(1, 3))
+def test_a_plan_is_the_list_of_its_steps(
+    table: list[ScheduleRow], micro_batch_tokens: int, world_size: int
+) -> None:
+    plan = plan_steps(table, micro_batch_tokens=micro_batch_tokens, world_size=world_size)
+    expected = listed_steps(table, micro_batch_tokens, world_size)
+    assert len(plan) == len(expected)
+    for step, listed in zip(plan, expected, strict=True):
+        assert step.lr == pytest.approx(listed.lr)  # compilers may round once less
+        assert step.momentum == (
+            None if listed.momentum is None else pytest.approx(listed.momentum)
+        )
+        assert step == listed._replace(lr=step.lr, momentum=step.momentum)
+    assert plan[-1] == plan[len(plan) - 1]
+    with pytest.raises(IndexError):
+        plan[len(plan)]
+    shapes = [(step.batch_size, step.sequence_length) for step in expected]
+    assert step_shapes(plan) == list(dict.fromkeys(shapes))
+    counted = Counter({stage[3:]: 0 for stage in plan.stages})
+    for stage in plan.stages:
+        counted[stage[3:]] += stage.steps
+    assert counted == Counter(step[1:4] for step in expected)
+
+
+def test_a_plan_of_10_to_the_18_tokens_is_made_at_once() -> None:
+    end = 10**18
+    table = [ScheduleRow(0, 7, 64, lr=1.0, validate_every=10**6), ScheduleRow(end, lr=0.0)]
+    table.insert(1, ScheduleRow(end // 2, sequence_length=2**31, step_tokens=2**31))
+    plan = plan_steps(table, micro_batch_tokens=10**18)
+    assert len(plan) == sum(stage.steps for stage in plan.stages) > 7 * 10**15
+    assert step_shapes(plan) == [(9, 7), (1, 2**31)]
+    for number in (0, 10**15, plan.stages[1].first_step, len(plan) - 1):
+        step = plan[number]
+        assert step.lr == pytest.approx(1 - step.first_token / end, abs=1e-8)
+    assert plan[-1].first_token < end <= plan[-1].first_token + plan[-1].tokens()
 
 
 def test_rates_are_interpolated_and_validations_fall_where_planned() -> None:
@@ -67,7 +140,7 @@ def test_rates_are_interpolated_and_validations_fall_where_planned() -> None:
         ScheduleRow(2000, momentum=0.9, validate_every=250),
         ScheduleRow(3000, lr=0.0),
     ]
-    steps = plan_steps(table, micro_batch_tokens=1000)
+    steps = list(plan_steps(table, micro_batch_tokens=1000))
     assert len(steps) == 30
     assert [step.lr for step in steps[:3]] == pytest.approx([0.525, 0.575, 0.625])
     assert steps[10].lr == pytest.approx(0.975)
@@ -88,6 +161,10 @@ def test_rates_are_interpolated_and_validations_fall_where_planned() -> None:
         ([(0, 8, 64), (9,), (9,)], "a row at 9 tokens follows one at 9"),
         ([(0, 8, 64), (5, None, 0), (9,)], "step_tokens 0 at 5 tokens; use 1 or more"),
         ([(0, 8, 64), (5, None, None, -1.0), (9,)], "lr -1.0 at 5 tokens; use 0 or more"),
+        ([(0, 8, 64, float("nan")), (9,)], "lr nan at 0 tokens; use 0 or more"),
+        ([(0, 8, 10**15), (9,)], "step_tokens 1000000000000000 at 0 tokens; use 2147483648 or les"),
+        ([(0, 10**15, 8), (9,)], "sequence_length 1000000000000000 at 0 tokens; use 21474836"),
+        ([(0, 8, 64), (10**30,)], "tokens 10+ at 10+ tokens; use 10+ or less"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused(rows: list[tuple[Any, ...]], message: str) -> None:

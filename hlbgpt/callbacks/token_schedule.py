@@ -6,7 +6,7 @@ from typing import Literal
 import lightning as L
 
 from hlbgpt.callbacks.step_shape import StepShape
-from hlbgpt.optim.schedules import PlannedStep, ScheduleRow, check_table, plan_steps, step_shapes
+from hlbgpt.optim.schedules import ScheduleRow, StepPlan, check_table, plan_steps, step_shapes
 from hlbgpt.training.checks import require_context
 from hlbgpt.training.memory import fitting_tokens
 from hlbgpt.training.module import LanguageModule
@@ -32,7 +32,7 @@ class TokenSchedule(StepShape):
         if micro_batch_tokens != "auto":
             require_positive("schedule.", micro_batch_tokens=micro_batch_tokens)
         self.table, self.micro_batch_tokens = list(table), micro_batch_tokens
-        self.steps: list[PlannedStep] = []
+        self.steps = StepPlan()
         if self.table:
             try:
                 check_table(self.table)
@@ -59,7 +59,7 @@ class TokenSchedule(StepShape):
         self.steps = plan_steps(
             self.table, micro_batch_tokens=micro_batch_tokens, world_size=trainer.world_size
         )
-        module.train_shapes = list(step_shapes(self.steps))
+        module.train_shapes = step_shapes(self.steps)
         first = self.steps[0]
         module.data.micro_batch_size = first.batch_size
         module.data.sequence_length = first.sequence_length
@@ -75,7 +75,7 @@ class TokenSchedule(StepShape):
                 "model.lr_scheduler: the learning rate follows schedule.table; leave it out, or "
                 "set the table to []"
             )
-        longest = max(step.sequence_length for step in self.steps)
+        longest = max(stage.sequence_length for stage in self.steps.stages)
         require_context(module.net, longest, "schedule.table sequence_length")
         self._require_text(module)
 
@@ -88,8 +88,8 @@ class TokenSchedule(StepShape):
         if not self.steps or self.micro_batch_tokens != "auto":
             return
         assert isinstance(pl_module, LanguageModule)
-        longest = max(step.sequence_length for step in self.steps)
-        most = max(step.tokens() for step in self.steps)
+        longest = max(stage.sequence_length for stage in self.steps.stages)
+        most = max(self.steps[stage.first_step].tokens() for stage in self.steps.stages)
         with trainer.precision_plugin.forward_context():
             tokens = fitting_tokens(pl_module.net, longest, most, pl_module.device)
         tokens = trainer.strategy.broadcast(tokens)  # one plan for all devices
@@ -101,10 +101,9 @@ class TokenSchedule(StepShape):
         """Raise InputError if a resumed run is at another place than the table says."""
         assert isinstance(pl_module, LanguageModule)
         step, seen = trainer.global_step, pl_module.tokens_seen
-        ends = [planned.first_token for planned in self.steps[1:]]
-        if 0 < step <= len(ends) and ends[step - 1] != seen:
+        if 0 < step < len(self.steps) and (planned := self.steps[step].first_token) != seen:
             raise InputError(
-                f"schedule.table: it has {ends[step - 1]:,} tokens before step {step + 1}, but the "
+                f"schedule.table: it has {planned:,} tokens before step {step + 1}, but the "
                 f"checkpoint has seen {seen:,}; resume with the table and the devices of its run"
             )
         super().on_train_start(trainer, pl_module)

@@ -1,15 +1,28 @@
 """Schedules as pure functions: the steps that a table describes, and hlb-gpt 0.4.1's power laws."""
 
-import itertools
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise, product
+from math import inf, isqrt, prod
+from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+_MOST_TOKENS = 10**18  # steps are counted in 63 bits
+_MOST_STEP_TOKENS = 1 << 31  # a step is a batch in memory
+# Lowest and highest value of each column.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "tokens": (0, _MOST_TOKENS),
+    "sequence_length": (1, _MOST_STEP_TOKENS),
+    "step_tokens": (1, _MOST_STEP_TOKENS),
+    "lr": (0, inf),
+    "momentum": (0, inf),
+    "validate_every": (0, _MOST_TOKENS),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,87 @@ class PlannedStep(NamedTuple):
         return self.sequence_length * self.batch_size * self.micro_batches * world_size
 
 
+class Stage(NamedTuple):
+    """Successive steps of one shape."""
+
+    first_step: int  # counted from 0
+    first_token: int  # tokens seen before the first step, on all devices
+    steps: int
+    sequence_length: int
+    batch_size: int
+    micro_batches: int
+
+
+class _Column:
+    """The values of a column, and from which token on each of them holds."""
+
+    def __init__(self, table: Sequence[ScheduleRow], name: str) -> None:
+        rows = [row for row in table if getattr(row, name) is not None]
+        self.starts = [row.tokens for row in rows]
+        self.values = [getattr(row, name) for row in rows]
+
+    def at(self, tokens: int) -> tuple[int, Any]:
+        """Where the value begins that holds at `tokens`, and the value; None before the first."""
+        number = bisect_right(self.starts, tokens) - 1
+        return (self.starts[number], self.values[number]) if number >= 0 else (0, None)
+
+    def interpolated(self, tokens: float) -> float | None:
+        """Interpolated linearly between the rows; constant before and after them."""
+        after = bisect_right(self.starts, tokens)
+        if after == 0 or after == len(self.starts):
+            return float(self.values[max(0, after - 1)]) if self.starts else None
+        (x, next_x), (y, next_y) = (
+            row[after - 1 : after + 1] for row in (self.starts, self.values)
+        )
+        return float((next_y - y) / (next_x - x) * (tokens - x) + y)
+
+
+class StepPlan:
+    """Every step of a run, computed when it is asked for; used like a list of `PlannedStep`.
+
+    Made by `plan_steps`. Without arguments it is a plan of no steps.
+
+    Attributes:
+        stages: Stages of the run, at most one for each row that sets the shape of steps.
+    """
+
+    def __init__(
+        self,
+        table: Sequence[ScheduleRow] = (),
+        stages: Sequence[Stage] = (),
+        world_size: int = 1,
+    ) -> None:
+        self.stages = list(stages)
+        self._world_size = world_size
+        self._end = table[-1].tokens if table else 0
+        self._lr, self._momentum = _Column(table, "lr"), _Column(table, "momentum")
+        self._validate_every = _Column(table, "validate_every")
+        self._first_steps = [stage.first_step for stage in self.stages]
+
+    def __len__(self) -> int:
+        return self.stages[-1].first_step + self.stages[-1].steps if self.stages else 0
+
+    def __iter__(self) -> Iterator[PlannedStep]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> PlannedStep:
+        number = range(len(self))[number]  # counts from the end if negative; IndexError beyond
+        stage = self.stages[bisect_right(self._first_steps, number) - 1]
+        shape = stage.sequence_length, stage.batch_size, stage.micro_batches
+        step_tokens = prod(shape) * self._world_size
+        start = stage.first_token + (number - stage.first_step) * step_tokens
+        stop = start + step_tokens
+        middle = (start + stop) / 2
+        lr, momentum = self._lr.interpolated(middle), self._momentum.interpolated(middle)
+        validate = stop >= self._end or self._crosses_validation(start, stop)
+        return PlannedStep(start, *shape, 1.0 if lr is None else lr, momentum, validate)
+
+    def _crosses_validation(self, start: int, stop: int) -> bool:
+        """Whether a step from `start` to `stop` reaches a multiple of the validation interval."""
+        begin, every = self._validate_every.at(start)
+        return bool(every) and (stop - begin) // every > (start - begin) // every
+
+
 def check_table(table: Sequence[ScheduleRow]) -> None:
     """Raise ValueError for a table from which no run can be planned."""
     if len(table) < 2:
@@ -62,21 +156,21 @@ def check_table(table: Sequence[ScheduleRow]) -> None:
         raise ValueError(f"the first row begins at {table[0].tokens} tokens; set it to 0")
     if not (table[0].sequence_length and table[0].step_tokens):
         raise ValueError("the first row lacks sequence_length or step_tokens; set both")
-    for above, below in itertools.pairwise(table):
+    for above, below in pairwise(table):
         if below.tokens <= above.tokens:
             raise ValueError(
                 f"a row at {below.tokens} tokens follows one at {above.tokens}; sort the rows"
             )
-    smallest = {"sequence_length": 1, "step_tokens": 1, "lr": 0, "momentum": 0, "validate_every": 0}
-    for row, (column, least) in itertools.product(table, smallest.items()):
+    for row, (column, (least, most)) in product(table, _LIMITS.items()):
         value = getattr(row, column)
-        if value is not None and value < least:
-            raise ValueError(f"{column} {value} at {row.tokens} tokens; use {least} or more")
+        if value is not None and not least <= value <= most:
+            limit = f"{most} or less" if value > most else f"{least} or more"
+            raise ValueError(f"{column} {value} at {row.tokens} tokens; use {limit}")
 
 
 def plan_steps(
     table: Sequence[ScheduleRow], *, micro_batch_tokens: int, world_size: int = 1
-) -> list[PlannedStep]:
+) -> StepPlan:
     """Plan every step of a run.
 
     Args:
@@ -86,58 +180,29 @@ def plan_steps(
         world_size: Number of devices.
     """
     check_table(table)
-    steps: list[PlannedStep] = []
-    start, end = 0, table[-1].tokens
+    lengths, sizes = _Column(table, "sequence_length"), _Column(table, "step_tokens")
+    step, start, end = 0, 0, table[-1].tokens
+    changes = sorted({*lengths.starts, *sizes.starts, end})
+    stages = []
     while start < end:
-        length = _last_row_with("sequence_length", table, start).sequence_length or 0
-        step_tokens = _last_row_with("step_tokens", table, start).step_tokens or 0
+        (_, length), (_, step_tokens) = lengths.at(start), sizes.at(start)
         windows = max(1, round(step_tokens / (length * world_size)))
         batch_size = _largest_divisor(windows, max(1, micro_batch_tokens // length))
-        stop = start + windows * length * world_size
-        middle = (start + stop) / 2
-        lr = _interpolate("lr", table, middle)
-        step = PlannedStep(
-            first_token=start,
-            sequence_length=length,
-            batch_size=batch_size,
-            micro_batches=windows // batch_size,
-            lr=1.0 if lr is None else lr,
-            momentum=_interpolate("momentum", table, middle),
-            validate=stop >= end or _crosses_validation(table, start, stop),
-        )
-        steps.append(step)
-        start = stop
-    return steps
+        next_change = changes[bisect_right(changes, start)]
+        steps = -(-(next_change - start) // (windows * length * world_size))
+        stages.append(Stage(step, start, steps, length, batch_size, windows // batch_size))
+        step, start = step + steps, start + steps * windows * length * world_size
+    return StepPlan(table, stages, world_size)
 
 
-def step_shapes(steps: Sequence[PlannedStep]) -> list[tuple[int, int]]:
+def step_shapes(plan: StepPlan) -> list[tuple[int, int]]:
     """The distinct shapes of micro-batches (windows, predicted tokens), in order."""
-    return list(dict.fromkeys((step.batch_size, step.sequence_length) for step in steps))
+    return list(dict.fromkeys((s.batch_size, s.sequence_length) for s in plan.stages))
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
-
-
-def _last_row_with(column: str, table: Sequence[ScheduleRow], tokens: int) -> ScheduleRow:
-    """The last row up to `tokens` that sets `column`; the first row if there is none."""
-    rows = [row for row in table if row.tokens <= tokens and getattr(row, column) is not None]
-    return rows[-1] if rows else table[0]
-
-
-def _interpolate(column: str, table: Sequence[ScheduleRow], tokens: float) -> float | None:
-    """Interpolate linearly between the rows that set `column`; constant before and after them."""
-    rows = [row for row in table if getattr(row, column) is not None]
-    values = [getattr(row, column) for row in rows]
-    return float(np.interp(tokens, [row.tokens for row in rows], values)) if rows else None
-
-
-def _crosses_validation(table: Sequence[ScheduleRow], start: int, stop: int) -> bool:
-    """Whether a step from `start` to `stop` reaches a multiple of the validation interval."""
-    row = _last_row_with("validate_every", table, start)
-    if not row.validate_every:
-        return False
-    return (stop - row.tokens) // row.validate_every > (start - row.tokens) // row.validate_every
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return max(size for size in (*small, *(number // each for each in small)) if size <= limit)
 
 
 class PowerLaw(LRScheduler):

@@ -92,9 +92,12 @@ def _steps(built: Built) -> dict[Shape, int]:
     if schedule.table:
         size = schedule.micro_batch_tokens
         size = AUTO_TOKENS if size == "auto" else size
-        planned = plan_steps(schedule.table, micro_batch_tokens=size)
-        shapes = [Shape(s.sequence_length, s.batch_size, s.micro_batches) for s in planned]
-        return dict(Counter(shapes[: max_steps if max_steps > 0 else None]))
+        steps: Counter[Shape] = Counter()
+        for stage in plan_steps(schedule.table, micro_batch_tokens=size).stages:
+            left = max_steps - stage.first_step if max_steps > 0 else stage.steps
+            shape = Shape(stage.sequence_length, stage.batch_size, stage.micro_batches)
+            steps[shape] += min(stage.steps, max(0, left))
+        return dict(+steps)  # without shapes that come after the last step
     shape = Shape(data.sequence_length, data.micro_batch_size, data.micro_batches)
     ends = [end for end in (max_steps, ceil((data.max_tokens or 0) / prod(shape))) if end > 0]
     if not ends:
