@@ -1,20 +1,25 @@
 """The callbacks that follow a schedule while a network trains."""
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from helpers import make, sgd, trainer
-from hypothesis import given
+from helpers import At, SaveAfter, make, sgd, trainer
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlbgpt.callbacks import LastCheckpoint, SequenceLengthDoubling, TokenSchedule
+from hlbgpt.data import TrainLoader
 from hlbgpt.models import GPT
 from hlbgpt.optim import MuonAdamW
 from hlbgpt.optim.schedules import ScheduleRow, plan_steps
+from hlbgpt.runs.folder import last_checkpoint
 from hlbgpt.training.memory import fitting_tokens, windows_that_fit
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
@@ -44,6 +49,10 @@ class Watch(L.Callback):
 
 def muon(groups: Any) -> MuonAdamW:
     return MuonAdamW(groups, {"block_matrices": {"method": "muon", "lr": 0.02}})
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10**9)
 
 
 def fit(
@@ -145,6 +154,124 @@ def test_a_run_is_resumed_with_its_own_table(folder: Path, tmp_path: Path) -> No
     other = [ScheduleRow(0, sequence_length=8, step_tokens=512), ScheduleRow(9000, lr=0.1)]
     with pytest.raises(InputError, match=r"schedule.table: it has [\d,]+ tokens before step \d+"):
         resume(other)
+
+
+# --- the order of the windows -------------------------------------------------------------------
+
+
+def windows_of_steps(
+    table: list[ScheduleRow], segments: list[tuple[int, int, int]]
+) -> list[list[tuple[int, ...]]]:
+    """The windows of each step, sorted, of a run that is stopped and resumed with another cut.
+
+    Args:
+        table: The schedule.
+        segments: (steps, micro_batch_tokens, ranks) of each part of the run; the last goes on to
+            the end whatever its steps.
+    """
+    tokens, seen, state = np.arange(2000, dtype="<u2"), [], None
+    for number, (steps, micro_batch_tokens, ranks) in enumerate(segments):
+        plan = plan_steps(table, micro_batch_tokens=micro_batch_tokens, world_size=ranks)
+        last = len(plan) if number == len(segments) - 1 else min(len(plan), len(seen) + steps)
+        feeds = [
+            TrainLoader(
+                tokens,
+                batch_size=plan[0].batch_size,
+                sequence_length=plan[0].sequence_length,
+                seed=1,
+                rank=rank,
+                world_size=ranks,
+            )
+            for rank in range(ranks)
+        ]
+        for feed in feeds if state else []:
+            feed.load_state_dict(state)
+        for step in range(len(seen), last):
+            windows: list[tuple[int, ...]] = []
+            for feed in feeds:
+                feed.set_step(
+                    micro_batches=plan[step].micro_batches,
+                    batch_size=plan[step].batch_size,
+                    sequence_length=plan[step].sequence_length,
+                )
+                windows += map(tuple, next(iter(feed)).flatten(0, 1).tolist())
+            seen.append(sorted(windows))
+        state = feeds[0].state_dict()
+    return seen
+
+
+@st.composite
+def whole_tables(draw: st.DrawFn) -> list[ScheduleRow]:
+    """Tables whose steps are whole windows on 1, 2 and 3 devices."""
+    rows = []
+    for start in sorted(draw(st.sets(st.integers(1, 3000), max_size=3)) | {0}):
+        length = draw(st.integers(1, 20))
+        rows.append(ScheduleRow(start, length, 6 * length * draw(st.integers(1, 3))))
+    return [*rows, ScheduleRow(3001 + draw(st.integers(0, 500)))]
+
+
+parts = st.tuples(st.integers(0, 30), st.integers(1, 400), st.integers(1, 3))
+
+
+@settings(max_examples=30)
+@given(table=whole_tables(), segments=st.lists(parts, min_size=1, max_size=4))
+def test_a_step_has_the_same_windows_for_any_cut_any_stop_and_any_number_of_ranks(
+    table: list[ScheduleRow], segments: list[tuple[int, int, int]]
+) -> None:
+    assert windows_of_steps(table, segments) == windows_of_steps(table, [(0, 10**6, 1)])
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[torch.Tensor], dict[int, Path]]:
+    """The windows of each step of a run, and checkpoints around its change of shape."""
+    run = tmp_path_factory.mktemp("whole")
+    look = At("on_train_batch_start", lambda trainer, module, batch, number: batch.flatten(0, 1))
+    kept: dict[int, Path] = {}
+
+    def keep(trainer: L.Trainer, *_: Any) -> None:
+        if (step := trainer.global_step) in (3, 4, 5):
+            kept[step] = shutil.copy(last_checkpoint(run), run / f"{step}.ckpt")
+
+    saves = [SaveAfter(3, 4, 5), At("on_train_batch_start", keep)]
+    fit(folder, run, TokenSchedule(TABLE, micro_batch_tokens=64), look, *saves)
+    assert [len(windows[0]) - 1 for windows in look.found[:6]] == [8] * 4 + [32] * 2
+    return look.found, kept
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [8, 10**6])
+@pytest.mark.parametrize("stop", [3, 4, 5], ids=["before", "at", "after"])
+def test_a_run_resumed_around_a_change_of_shape_with_another_cut_sees_the_same_windows(
+    folder: Path, tmp_path: Path, whole_run: Any, stop: int, micro_batch_tokens: int
+) -> None:
+    windows, checkpoints = whole_run
+    look = At("on_train_batch_start", lambda trainer, module, batch, number: batch.flatten(0, 1))
+    module, data = make(folder, tmp_path, optimizer=muon)
+    schedule = TokenSchedule(TABLE, micro_batch_tokens=micro_batch_tokens)
+    trainer(tmp_path, callbacks=[schedule, look]).fit(module, data, ckpt_path=checkpoints[stop])
+    assert len(look.found) == len(windows) - stop
+    for ours, theirs in zip(look.found, windows[stop:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# --- large numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "table", "scheduler"),
+    [(10**9, [], None), (10**9, [], one_cycle), (2, [TABLE[0], ScheduleRow(10**15, lr=0.1)], None)],
+    ids=["steps", "steps and a learning-rate schedule", "tokens of a table"],
+)
+def test_nothing_takes_long_because_a_number_is_large(
+    folder: Path, tmp_path: Path, max_steps: int, table: list[ScheduleRow], scheduler: Any
+) -> None:
+    schedule = TokenSchedule(table, micro_batch_tokens=64)
+    module, data = make(folder, tmp_path, lr_scheduler=scheduler, max_tokens=256)
+    began = time.monotonic()
+    trainer(tmp_path, max_steps=max_steps, callbacks=[schedule]).fit(module, data)
+    assert time.monotonic() - began < 10
+    assert module.tokens_seen == 256
 
 
 def test_micro_batches_found_on_the_gpu_are_checked_against_the_text(

@@ -1,6 +1,7 @@
 """The LightningDataModule: text and tokenizer in, batches of tokens out."""
 
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hlbgpt.data.loaders import EvalLoader, TrainLoader
 from hlbgpt.data.sources import SPLITS, TextSource
 from hlbgpt.data.token_file import TokenFile, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer
-from hlbgpt.utils.errors import InputError, require_positive
+from hlbgpt.utils.errors import MOST_BATCH_TOKENS, InputError, require_positive
 from hlbgpt.utils.seed import run_seed
 
 _TRAIN_SHAPE = "data.sequence_length, data.micro_batch_size"
@@ -81,6 +82,12 @@ class TokenDataModule(L.LightningDataModule):
             eval_sequence_length=eval_sequence_length,
             eval_batch_size=eval_batch_size,
         )
+        _require_memory(
+            micro_batches=micro_batches,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+        )
+        _require_memory(eval_batch_size=eval_batch_size, eval_sequence_length=eval_sequence_length)
         if max_tokens is not None:
             require_positive("data.", max_tokens=max_tokens)
         if seed is not None and seed < 0:
@@ -195,3 +202,13 @@ class TokenDataModule(L.LightningDataModule):
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""
         return self.encoding.encode(text)
+
+
+def _require_memory(**sizes: int) -> None:
+    """Raise InputError for sizes of a batch that no memory holds."""
+    if (tokens := prod(sizes.values())) > MOST_BATCH_TOKENS:
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(
+            f"data.{product} is a batch of {tokens} tokens, which is made in memory; set them to "
+            f"at most {MOST_BATCH_TOKENS} together"
+        )

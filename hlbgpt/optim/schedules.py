@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from hlbgpt.utils.errors import MOST_BATCH_TOKENS
+
 _MOST_TOKENS = 10**18  # steps are counted in 63 bits
-_MOST_STEP_TOKENS = 1 << 31  # a step is a batch in memory
 # Lowest and highest value of each column.
 _LIMITS: dict[str, tuple[float, float]] = {
     "tokens": (0, _MOST_TOKENS),
-    "sequence_length": (1, _MOST_STEP_TOKENS),
-    "step_tokens": (1, _MOST_STEP_TOKENS),
+    "sequence_length": (1, MOST_BATCH_TOKENS),
+    "step_tokens": (1, MOST_BATCH_TOKENS),
     "lr": (0, inf),
     "momentum": (0, inf),
     "validate_every": (0, _MOST_TOKENS),

@@ -1,5 +1,7 @@
 """Exceptions whose message tells a user everything, and a check of sizes."""
 
+MOST_BATCH_TOKENS = 1 << 31  # a batch is made in memory, and so many tokens take 17 GB
+
 
 class InputError(ValueError):
     """Bad input: one line that names the key or file, what was found and what to do.
