@@ -42,6 +42,7 @@ from hlbgpt.runs.folder import (
 from hlbgpt.training import checks, resume
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import expand_path
 from hlbgpt.utils.seed import forget_seed
 
 
@@ -137,7 +138,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
         if trainer.default_root_dir is not None:  # also for a run that is resumed from elsewhere
-            trainer.default_root_dir = os.path.abspath(os.path.expanduser(trainer.default_root_dir))
+            root = expand_path(trainer.default_root_dir, "trainer.default_root_dir")
+            trainer.default_root_dir = os.path.abspath(root)
         require_run_name(self.settings.run_name)
         check_trainer_settings(trainer, this_machine=self.build_device is None)
         if self.build_device is None:

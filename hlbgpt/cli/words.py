@@ -8,6 +8,7 @@ import yaml
 
 from hlbgpt.runs.folder import CONFIG, folder_of, last_checkpoint, newest_checkpoint
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import expand_path, require_regular
 
 _HELP = ("--help", "-h", "--print_config")
 
@@ -69,7 +70,9 @@ def find_last(name: str | None, root: str | None) -> Path:
         name: Name of the runs to search, in `runs`; None for all.
         root: A folder of a run's own, `trainer.default_root_dir`, which is looked into instead.
     """
-    return require_file(last_checkpoint(Path(root))) if root else newest_checkpoint(name)
+    if root is None:
+        return newest_checkpoint(name)
+    return require_file(last_checkpoint(expand_path(root, "trainer.default_root_dir")))
 
 
 def _with_saved_config(words: list[str], names: list[str]) -> list[str]:
@@ -116,9 +119,12 @@ def _configs_first(words: Sequence[str]) -> list[str]:
 def _require_readable_configs(words: Sequence[str]) -> None:
     """Raise InputError, with the file's name, for a `--config` that is no YAML mapping."""
     for name, value in options(words):
-        path = Path(value)
-        if name != "--config" or not path.is_file():  # the parser has words for that
+        if name != "--config":
             continue
+        path = expand_path(value, "--config")
+        if not path.exists() or path.is_dir():  # the parser has words for that
+            continue
+        require_regular(path, "--config")
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:

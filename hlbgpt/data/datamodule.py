@@ -14,6 +14,7 @@ from hlbgpt.data.sources import SPLITS, TextSource
 from hlbgpt.data.token_file import TokenFile, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer
 from hlbgpt.utils.errors import MOST_BATCH_TOKENS, InputError, require_positive
+from hlbgpt.utils.files import expand_path
 from hlbgpt.utils.seed import run_seed
 
 _TRAIN_SHAPE = "data.sequence_length, data.micro_batch_size"
@@ -97,7 +98,7 @@ class TokenDataModule(L.LightningDataModule):
         self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.micro_batches, self.max_tokens = micro_batches, max_tokens
         self.eval_sequence_length, self.eval_batch_size = eval_sequence_length, eval_batch_size
-        self.cache_dir, self.seed = Path(cache_dir).expanduser(), seed
+        self.cache_dir, self.seed = expand_path(cache_dir, "data.cache_dir"), seed
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.tokens_on_device = tokens_on_device
         self.files: dict[str, TokenFile] = {}
@@ -163,6 +164,7 @@ class TokenDataModule(L.LightningDataModule):
         try:
             return TrainLoader(
                 self.files["train"].tokens,
+                require_whole=self.files["train"].require_whole,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
                 micro_batches=self.micro_batches,
@@ -187,6 +189,7 @@ class TokenDataModule(L.LightningDataModule):
     def _eval_loader(self, split: str) -> EvalLoader:
         return EvalLoader(
             self.files[split].tokens,
+            require_whole=self.files[split].require_whole,
             batch_size=self.eval_batch_size,
             sequence_length=self.eval_sequence_length,
             **self._rank(),

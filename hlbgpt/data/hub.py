@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from hlbgpt.data.sources import SPLIT_PERIOD, SPLITS, TextSource, drawn_split, file_stamps
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import expand_path
 
 WIKITEXT, WIKITEXT_NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
 # The commit of the hub's repository from which the official raw files can be restored.
@@ -51,7 +51,7 @@ class HubText(TextSource):
         on_hub = path == WIKITEXT
         self.name = WIKITEXT_NAME if name is None and on_hub else name
         self.revision = WIKITEXT_REVISION if revision is None and on_hub else revision
-        local = Path(path).expanduser()
+        local = expand_path(path, "data.source.path")
         folders = (local / (self.name or WIKITEXT_NAME), local)
         self._folder = next((folder for folder in folders if folder.is_dir()), None)
         self._label = str(self._folder or (f"{path} ({self.name})" if self.name else path))

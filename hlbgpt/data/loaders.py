@@ -4,7 +4,7 @@ Shapes: M micro-batches of an optimizer step, B windows of a micro-batch on each
 tokens of a window. A window is T + 1 tokens: `[:-1]` are the inputs, `[1:]` the targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,8 @@ class TrainLoader:
         micro_batches: M.
         seed: Determines phases and orders.
         rank: Rank of this process, of `world_size`.
+        require_whole: Called before tokens are read, to raise an error if the file in which they
+            are mapped has been cut, which would kill the process.
 
     Attributes:
         wait: Time spent on making batches.
@@ -56,8 +58,9 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        require_whole: Callable[[], None] = lambda: None,
     ) -> None:
-        self._tokens = tokens
+        self._tokens, self._require_whole = tokens, require_whole
         self._device_tokens: Tensor | None = None
         self._mask = 0xFFFF if tokens.itemsize == 2 else 0x7FFFFFFF  # of a token among its bits
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -103,6 +106,7 @@ class TrainLoader:
 
     def keep_tokens_on(self, device: torch.device) -> None:
         """Copy all tokens to `device`, where batches are gathered from then on."""
+        self._require_whole()
         # torch cannot index unsigned tokens on a GPU, so their bits are stored as signed ones.
         signed = self._tokens.astype(f"i{self._tokens.itemsize}")
         self._device_tokens = torch.from_numpy(signed).to(device)
@@ -115,6 +119,7 @@ class TrainLoader:
         for start in range(0, len(tokens), _COUNTED):
             block = tokens[start : start + _COUNTED]
             if isinstance(block, np.ndarray):
+                self._require_whole()
                 block = torch.from_numpy(block.astype(np.int32))
             counts += torch.bincount(block.to(torch.int32) & self._mask, minlength=vocab_size)
         return counts
@@ -133,6 +138,7 @@ class TrainLoader:
     def _gather(self, offsets: np.ndarray) -> Tensor:
         """Windows that start at `offsets` (M, B): (M, B, T + 1) int64."""
         if self._device_tokens is None:
+            self._require_whole()
             view = np.lib.stride_tricks.sliding_window_view
             windows = view(self._tokens, self.sequence_length + 1)
             return torch.from_numpy(windows[offsets].astype(np.int64))
@@ -199,9 +205,10 @@ class EvalLoader:
         sequence_length: int,
         rank: int = 0,
         world_size: int = 1,
+        require_whole: Callable[[], None] = lambda: None,
     ) -> None:
         assert len(tokens) > 1, "nothing to predict"
-        self._tokens = tokens
+        self._tokens, self._require_whole = tokens, require_whole
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.rank, self.world_size = rank, world_size
         self._windows = -(-(len(tokens) - 1) // sequence_length)
@@ -213,6 +220,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Tensor]:
         own_windows = iter(range(self.rank, self._windows, self.world_size))
         for _ in range(len(self)):
+            self._require_whole()
             batch = np.full((self.batch_size, self.sequence_length + 1), -1, dtype=np.int64)
             for row, window in enumerate(islice(own_windows, self.batch_size)):
                 start = window * self.sequence_length

@@ -7,15 +7,18 @@ import codecs
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import expand_path, require_regular
 
 SPLITS = ("train", "validation", "test")
 SPLIT_PERIOD = 20
 
 _BLOCK_BYTES = 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 12  # read at every start, however many files there are
 
 
 class TextSource(ABC):
@@ -26,7 +29,7 @@ class TextSource(ABC):
         """Return a short line that changes whenever the text of `split` may have changed.
 
         It is part of the cache key of the token file and is computed at every start, so it should
-        depend on names, sizes and dates of files without reading them.
+        depend on names, sizes and dates of files, and read little of them: see `file_stamps`.
         """
 
     @abstractmethod
@@ -44,21 +47,54 @@ def drawn_split(number: int, period: int = SPLIT_PERIOD) -> str:
 
 
 def file_stamps(paths: Iterable[str | Path]) -> str:
-    """Return a hash that changes with the path, size or modification time of any of the files."""
+    """Return a hash that changes with the path, size or modification time of any of the files.
+
+    Files can change and keep both, as copies with `cp -p` do. So 16 blocks of 4 KiB are hashed too,
+    spread evenly over the bytes of all files together, the first and the last of them included. A
+    change that keeps sizes and times and lies between these blocks is not noticed.
+
+    Raises:
+        InputError: A pipe, a socket or a device is among the files.
+        OSError: A file cannot be read.
+    """
     digest = hashlib.sha256()
+    files: list[str | Path] = []
+    ends: list[int] = []  # of each file, among the bytes of all
     for path in paths:
-        stat = os.stat(path)
+        stat = require_regular(path, "data.source")
         digest.update(os.fsencode(os.path.abspath(path)))
         digest.update(f":{stat.st_size}:{stat.st_mtime_ns};".encode())
+        files.append(path)
+        ends.append((ends[-1] if ends else 0) + stat.st_size)
+    for number, offset in _sample_places(ends):
+        with open(files[number], "rb", buffering=0) as file:
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _sample_places(ends: list[int]) -> list[tuple[int, int]]:
+    """Where the sampled blocks begin, as (number of the file, offset), of files with these ends."""
+    if not ends or ends[-1] == 0:
+        return []
+    places: dict[tuple[int, int], None] = {}
+    for sample in range(_SAMPLES):
+        byte = sample * (ends[-1] - 1) // (_SAMPLES - 1)  # within the block
+        number = bisect_right(ends, byte)
+        begin = ends[number - 1] if number else 0
+        last = max(0, ends[number] - begin - _SAMPLE_BYTES)
+        places[number, min(byte - begin, last)] = None
+    return list(places)
 
 
 def read_utf8(path: str | Path) -> Iterator[str]:
     """Yield the text of a file in pieces of at most 64 KiB.
 
     Raises:
-        InputError: The file is not UTF-8 or holds a NUL; the message names the byte.
+        InputError: The file is not UTF-8 or holds a NUL; the message names the byte. Or it is a
+            pipe, a socket or a device.
     """
+    require_regular(path, "data.source")
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with open(path, "rb") as file:
@@ -108,7 +144,7 @@ class TextFiles(TextSource):
     def path(self, split: str) -> Path:
         """Return the file of `split`. Raises InputError if there is none."""
         if (file := self.files[split]) is not None:
-            path = Path(file).expanduser()
+            path = expand_path(file, f"data.source.{split}")
             if not path.is_file():
                 raise InputError(
                     f"data.source.{split}: no file {str(path)!r}; name a UTF-8 text file"
@@ -119,7 +155,7 @@ class TextFiles(TextSource):
                 f"data.source: no text for the {split} split; set folder (with wiki.*.raw) or "
                 f"{split} (a text file)"
             )
-        folder = Path(self.folder).expanduser()
+        folder = expand_path(self.folder, "data.source.folder")
         stem = "wiki." + {"validation": "valid"}.get(split, split)
         for path in (folder / f"{stem}.raw", folder / f"{stem}.tokens"):
             if path.is_file():

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import islice
-from pathlib import Path
 
 from hlbgpt.data.sources import SPLIT_PERIOD, TextSource, drawn_split, file_stamps, read_utf8
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import expand_path
 
 _BLOCK_CHARS, _MIN_BLOCK_CHARS = 16_000, 1_000
 _BLOCK_ENDS = ("\n\n", "\r\n\r\n", "\n", " ")  # best first
@@ -31,7 +31,7 @@ class TextFolder(TextSource):
         folder: str,
         pattern: list[str] | str = ["*.txt", "*.md"],  # noqa: B006 (never changed)
     ) -> None:
-        self.folder = str(Path(folder).expanduser())
+        self.folder = str(expand_path(folder, "data.source.folder"))
         self.patterns = [pattern] if isinstance(pattern, str) else pattern
 
     def files(self) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from hlbgpt.utils.files import atomic_write, locked
 FORMAT_VERSION = 4
 _MAGIC = b"hlbgpt\x00" + bytes([FORMAT_VERSION])
 _HEADER_BYTES = 4096
+_VERIFIED = 1 << 24  # tokens whose checksum is computed at a time
 
 
 class DamagedFileError(InputError):
@@ -54,7 +56,9 @@ class Header:
 class TokenFile:
     """A token file opened for reading.
 
-    Opening it checks the header and the length of the file; `verify` reads the tokens.
+    Opening it checks the header and the length of the file; `verify` reads the tokens. A process
+    that reads beyond the end of a mapped file is killed, so whoever reads `tokens` while others
+    may write to the file calls `require_whole` before.
 
     Attributes:
         path: Path of the file.
@@ -74,11 +78,25 @@ class TokenFile:
                 f"{path}: damaged: its header promises {self.header.tokens} tokens, the file "
                 f"holds {max(0, found) // itemsize}"
             )
-        self.tokens = np.memmap(path, dtype=self.header.dtype, mode="r", offset=_HEADER_BYTES)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.tokens = np.frombuffer(self._map, self.header.dtype, offset=_HEADER_BYTES)
+
+    def require_whole(self) -> None:
+        """Raise DamagedFileError if the file has been cut since it was opened (about 1 µs)."""
+        if self._map.size() < len(self._map):  # the former is that of the file now
+            raise DamagedFileError(
+                f"{self.path}: cut to {self._map.size()} bytes while in use; start again, and it "
+                "is built again"
+            )
 
     def verify(self) -> "TokenFile":
         """Raise DamagedFileError unless the tokens match the header's checksum (about 2 GB/s)."""
-        if zlib.crc32(self.tokens.data) != self.header.crc32:
+        crc = 0
+        for start in range(0, len(self.tokens), _VERIFIED):
+            self.require_whole()
+            crc = zlib.crc32(self.tokens[start : start + _VERIFIED].data, crc)
+        if crc != self.header.crc32:
             raise DamagedFileError(
                 f"{self.path}: damaged: the tokens do not match the checksum in the header"
             )

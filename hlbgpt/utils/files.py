@@ -1,16 +1,58 @@
-"""Locks between processes, and atomic writes."""
+"""Paths that users type, locks between processes, and atomic writes."""
 
 import contextlib
+import errno
 import glob
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from hlbgpt.utils.errors import InputError
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_KINDS = {
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def expand_path(path: str | Path, key: str) -> Path:
+    """A path as a user typed it, with `~` and `~user` replaced.
+
+    Raises InputError, which names `key`, for a user that is not known and for a NUL.
+    """
+    if "\0" in str(path):
+        raise InputError(f"{key}: {str(path)!r} holds a NUL, which no path can; take it out")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{key}: {str(path)!r}: no user of this name has a home folder; write the path in full"
+        ) from error
+
+
+def require_regular(path: str | Path, key: str) -> os.stat_result:
+    """The status of a file; raises InputError for a pipe or device, whose reading may not end.
+
+    Raises:
+        InputError: There is something else; the message names `key`.
+        OSError: There is nothing at `path`.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise InputError(f"{key}: {str(path)!r} is {kind}, not a file; take it out, or name a file")
+    return found
 
 
 @contextlib.contextmanager
@@ -32,7 +74,9 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    except NotImplementedError:  # what filelock makes of ENOSYS
+    except (NotImplementedError, OSError) as error:  # the former where filelock found ENOSYS
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
         sys.stderr.write(f"{folder}: no file locks here; start only one process for this folder\n")
         yield True
         return
