@@ -33,7 +33,7 @@ def report(plan: Plan, gpus: list[GPU]) -> str:
     ]
     for shape, steps in plan.steps.items():
         text = " x ".join(f"{size:,}" for size in shape)
-        lines.append(f"{text:<34}{steps:>9,}{prod(shape) * steps:>15,}")
+        lines.append(f"{text:<34} {steps:>8,} {prod(shape) * steps:>14,}")
     memory = {**plan.memory, "total": sum(plan.memory.values())}
     lines += ["\nmemory in GB", *(f"{name:<18}{memory[name] / 1e9:>8.3f}" for name in memory)]
     lines += [f"\n{'GPU':<15}{'training seconds':>17}{'products':>15}{'traffic':>15}  memory"]

@@ -111,6 +111,9 @@ FIT = [
     (["--model.sampling.seed=-1"], "model.sampling.seed: -1 is not valid"),
     (["--trainer.callbacks+=Samples", "--trainer.callbacks.prompts="], "Samples prompts: "),
     (["--checkpoint.every_minutes=0"], "checkpoint.every_minutes: 0.0 is not above 0"),
+    (["--data.micro_batches=1000000000"], "data.micro_batches 1000000000 x micro_batch_size 4 x "),
+    (["--data.eval_batch_size=1000000000"], "is a batch of 32000000000 tokens, which is made in"),
+    (["--trainer.default_root_dir=~no one/x"], "trainer.default_root_dir: '~no one/x': no user"),
     (["--data.micro_batches=0"], f"data.micro_batches: 0 {AT_LEAST_1}"),
     (["--data.max_tokens=0"], f"data.max_tokens: 0 {AT_LEAST_1}"),
     # paths

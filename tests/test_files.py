@@ -1,10 +1,12 @@
 """Locks between processes and atomic writes."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,31 @@ def test_a_lock_is_held_against_others(tmp_path: Path) -> None:
             assert not second
     with locked(tmp_path, wait=True) as again:
         assert again
+
+
+@pytest.mark.parametrize("number", ["ENOTSUP", "EOPNOTSUPP", "ENOLCK", "ENOSYS"])
+def test_where_there_are_no_locks_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(getattr(errno, number), "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with warnings.catch_warnings(record=True) as warned, locked(tmp_path, wait=True) as held:
+        warnings.simplefilter("always")
+        assert held
+    # For ENOSYS, newer versions of filelock warn and lock by the existence of a file.
+    said = capsys.readouterr().err + "".join(str(warning.message) for warning in warned)
+    assert "no file locks here; start only one" in said or "flock not supported on this" in said
+
+
+def test_other_errors_of_locks_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="the disk is broken"), locked(tmp_path, wait=True):
+        pass
 
 
 plain = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)

@@ -69,6 +69,14 @@ def test_plan_without_a_schedule_uses_the_settings_of_the_data(plan) -> None:
     assert plan_run([*words, "--data.max_tokens=57345"]).tokens == 2 * 56 * 1024
 
 
+def test_a_plan_takes_no_longer_because_a_number_is_large(plan) -> None:
+    rows = [*TABLE[:2], {"tokens": 10**15}]
+    out = plan(*SMALL, f"--schedule.table={json.dumps(rows)}", "--trainer.max_steps=1000000000")
+    assert "1,000,000,000 steps, 256,000,000,000 tokens" in out
+    counts = [line.split()[-2] for line in out.splitlines() if " x " in line][1:]
+    assert counts == ["8", "999,999,992"]
+
+
 def test_the_speedrun_takes_about_as_long_as_its_compiled_kernels() -> None:
     """The seconds are an estimate too: from the traffic of the kernels that Inductor makes."""
     plan = plan_run(SPEEDRUN)

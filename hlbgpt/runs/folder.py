@@ -1,6 +1,7 @@
 """Where a run's files go."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -46,8 +47,15 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """The folder of the run that wrote `checkpoint`, if it lies where runs keep theirs."""
+    """The folder of the run that wrote `checkpoint`, if it lies where runs keep theirs.
+
+    A link outside the folder of a run stands for the checkpoint to which it leads.
+    """
     path = Path(checkpoint)
+    folder = path.absolute().parents[1]
+    lies_in_run = last_checkpoint(folder).parent == path.absolute().parent
+    if path.is_symlink() and not (lies_in_run and (folder / CONFIG).is_file()):
+        path = path.resolve()
     return path.parents[1] if len(path.parts) > 2 else path.absolute().parents[1]
 
 
@@ -56,11 +64,12 @@ def newest_checkpoint(config_name: str | None) -> Path:
 
     Raises InputError where there is none.
     """
-    where = RUNS / (config_name or "*") / "version_*"
-    found = list(Path().glob(str(last_checkpoint(where))))
+    name = glob.escape(config_name) if config_name else "*"
+    found = list(Path().glob(str(last_checkpoint(RUNS / name / "version_*"))))
     if not found:
+        where = last_checkpoint(RUNS / (config_name or "*") / "version_*")
         raise InputError(
-            f"ckpt_path: 'last' asked for, but no checkpoint is at {last_checkpoint(where)}; name "
+            f"ckpt_path: 'last' asked for, but no checkpoint is at {where}; name "
             "a checkpoint (.ckpt), or leave --ckpt_path out to start a new run"
         )
     return max(found, key=lambda path: path.stat().st_mtime_ns)
@@ -70,7 +79,7 @@ def is_unfinished(checkpoint: str | Path) -> bool:
     """Whether `checkpoint` is the last.ckpt of a run that was cut short: one without a record."""
     folder = folder_of(checkpoint)
     return (
-        last_checkpoint(folder).absolute() == Path(checkpoint).absolute()
+        last_checkpoint(folder).resolve() == Path(checkpoint).resolve()
         and Path(checkpoint).is_file()
         and (folder / CONFIG).is_file()
         and not (folder / RECORD).exists()
