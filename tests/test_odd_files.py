@@ -315,6 +315,7 @@ def test_a_checkpoint_kept_elsewhere_belongs_to_the_run_that_links_to_it(
     checkpoint.symlink_to(tmp_path / "large.ckpt")
     assert folder_of(checkpoint) == checkpoint.parents[1]
     assert is_unfinished(checkpoint)
+    assert folder_of("/last.ckpt") == Path("/")
 
 
 def test_a_run_resumes_in_place_by_a_link(

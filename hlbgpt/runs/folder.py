@@ -52,11 +52,11 @@ def folder_of(checkpoint: str | Path) -> Path:
     A link outside the folder of a run stands for the checkpoint to which it leads.
     """
     path = Path(checkpoint)
-    folder = path.absolute().parents[1]
+    folder = path.absolute().parent.parent
     lies_in_run = last_checkpoint(folder).parent == path.absolute().parent
     if path.is_symlink() and not (lies_in_run and (folder / CONFIG).is_file()):
         path = path.resolve()
-    return path.parents[1] if len(path.parts) > 2 else path.absolute().parents[1]
+    return (path if len(path.parts) > 2 else path.absolute()).parent.parent
 
 
 def newest_checkpoint(config_name: str | None) -> Path:
