@@ -11,28 +11,39 @@ are in OUT/results.md and OUT/results.json. The exit code is 1 if a run failed.
 """
 
 import argparse
-import json
-import math
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from benchmark_results import BenchmarkRun, markdown, summarize
+from jobs import (
+    INPUTS,
+    LOG,
+    config_texts,
+    copy_configs,
+    describe_inputs,
+    launch,
+    note_inputs,
+    output_folder,
+    reason_of_failure,
+    require_folder_names,
+    require_idle,
+    require_same_inputs,
+)
 
 from hlbgpt.runs.folder import RECORD, last_checkpoint
+from hlbgpt.runs.record import read_record
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.files import atomic_write, locked, write_json
+from hlbgpt.utils.files import atomic_write, write_json
 
 AS_IS = "as is"
-INPUTS = "inputs.json"  # in a run's folder: the inputs that it was made from
+MAX_SEEDS = 10_000
 SET_BY_BENCHMARK = ("--seed_everything", "--ckpt_path", "--trainer.default_root_dir")
 
 
@@ -42,8 +53,13 @@ class Job:
 
     variant: str
     seed: int
-    arguments: list[str]  # of `hlbgpt fit`, except for those that set folder and checkpoint
+    arguments: list[str]  # of `hlbgpt fit`, but those of seed, folder and checkpoint
+    texts: Mapping[str, str]  # of the config files among them, when the benchmark began
     folder: Path
+
+    @property
+    def words(self) -> list[str]:
+        return [*self.arguments, f"--seed_everything={self.seed}"]
 
     @property
     def done(self) -> bool:
@@ -51,18 +67,20 @@ class Job:
 
     def inputs(self) -> str:
         """What determines the result of the run, in JSON: arguments and texts of config files."""
-        paths = [Path(argument.rpartition("=")[2]) for argument in self.arguments]
-        texts = {str(p): p.read_text("utf-8") for p in paths if p.suffix == ".yaml" and p.is_file()}
-        return json.dumps({"arguments": self.arguments, "configs": texts}, indent=2)
+        return describe_inputs(self.words, self.texts)
 
-    def require_same_inputs(self) -> None:
-        """Raise InputError if the folder holds a run that was made from other inputs."""
-        noted = self.folder / INPUTS
-        if noted.is_file() and noted.read_text("utf-8") != self.inputs():
+    def require_usable(self) -> None:
+        """Raise InputError if the folder holds anything but a run of this job, or a busy one."""
+        require_same_inputs(self.folder, self.inputs())
+        if not (self.folder / INPUTS).is_file() and any(self.folder.glob("[!.]*")):
             raise InputError(
-                f"--out: {self.folder} holds a run with other arguments or another text of its "
-                "config; name another folder, or remove that one"
+                f"--out: {self.folder} holds files that no benchmark has made, since it has no "
+                f"{INPUTS}; name another folder, or remove that one"
             )
+        if self.done:
+            read_record(self.folder)
+        else:
+            require_idle(self.folder)
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -112,71 +130,42 @@ def _folder_name(variant: str) -> str:
 
 def make_jobs(options: argparse.Namespace, common: Sequence[str]) -> list[Job]:
     """All runs in the order in which they run; raises InputError if an option is invalid."""
-    if options.seeds < 1:
-        raise InputError(f"--seeds: {options.seeds} is less than 1; set it to at least 1")
+    if not 1 <= options.seeds <= MAX_SEEDS:
+        raise InputError(f"--seeds: {options.seeds} is not between 1 and {MAX_SEEDS:,}")
     configs = {Path(config).stem: config for config in options.config}
-    if len(configs) < len(options.config):
+    if len(set(map(str.casefold, configs))) < len(options.config):
         raise InputError("--config: two files have the same name; rename one")
-    for config in options.config:
-        if not Path(config).is_file():
-            raise InputError(f"--config: no file {config!r}; name a config file")
+    require_folder_names(configs)
     variants = parse_variants(options.variant)
     for word in [*common, *(word for words in variants.values() for word in words)]:
         if word.partition("=")[0] in SET_BY_BENCHMARK:
             raise InputError(f"{word}: is set by the benchmark itself; leave it out")
-    jobs = []
-    for seed, (stem, config), (name, extra) in product(
-        range(options.seeds), configs.items(), variants.items()
-    ):
-        arguments = ["--config", config, *common, *extra, f"--seed_everything={seed}"]
-        folder = options.out / stem / _folder_name(name) / f"seed_{seed}"
-        jobs.append(Job(f"{stem}, {name}", seed, arguments, folder))
-    return jobs
-
-
-def launch(
-    words: list[str],
-    log: Path,
-    *,
-    program: Sequence[str] = ("-m", "hlbgpt"),
-    environment: dict[str, str] | None = None,
-) -> int:
-    """Run a program in its own process; an interrupt stops it gracefully. Returns the exit code.
-
-    `program` is what Python runs, `environment` is added to that of this process.
-    """
-    with log.open("ab") as file:
-        command, env = [sys.executable, *program, *words], os.environ | (environment or {})
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
-        try:
-            return child.wait()
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
+    made = []
+    for (stem, config), (name, extra) in product(configs.items(), variants.items()):
+        arguments = ["--config", config, *common, *extra]
+        folder = options.out / stem / _folder_name(name)
+        made.append((f"{stem}, {name}", arguments, config_texts(arguments), folder))
+    return [
+        Job(name, seed, arguments, texts, folder / f"seed_{seed}")
+        for seed, (name, arguments, texts, folder) in product(range(options.seeds), made)
+    ]
 
 
 def start(job: Job) -> str:
     """Start or resume a run and wait until it ends; returns why it failed, if it did."""
-    words = ["fit", *job.arguments, f"--trainer.default_root_dir={job.folder}"]
-    if (checkpoint := last_checkpoint(job.folder)).is_file():
-        words += ["--ckpt_path", str(checkpoint)]
-    else:
+    require_idle(job.folder)
+    resumes = (checkpoint := last_checkpoint(job.folder)).is_file()
+    if not resumes:
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(parents=True)
-        (job.folder / INPUTS).write_text(job.inputs(), "utf-8")
-    log = job.folder / "output.log"
+        note_inputs(job.folder, job.inputs())
+    words = ["fit", *copy_configs(job.words, job.texts, job.folder)]
+    words += [f"--trainer.default_root_dir={job.folder}"]
+    words += ["--ckpt_path", str(checkpoint)] if resumes else []
+    log = job.folder / LOG
     log.write_text(f"$ {shlex.join(['hlbgpt', *words])}\n", "utf-8")
     code = launch(words, log)
     return reason_of_failure(log.read_text("utf-8", errors="replace").splitlines()[1:], code)
-
-
-def reason_of_failure(lines: Sequence[str], code: int) -> str:
-    """The exit code of a process, and its last error message or else its last line."""
-    lines = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in lines if re.match(r"hlbgpt: error|[\w.]*(Error|Exception)\b", line)]
-    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return ": ".join([reason, *(errors or lines)[-1:]])
 
 
 def run(job: Job) -> BenchmarkRun:
@@ -185,9 +174,11 @@ def run(job: Job) -> BenchmarkRun:
     error = None if job.done else start(job)
     if not job.done:
         return replace(found, error=error)
-    record = json.loads((job.folder / RECORD).read_text("utf-8"))
-    if record["value"] is None or not math.isfinite(record["value"]):
-        return replace(found, error=f"the final {record['monitor']} is {record['value']}")
+    record = read_record(job.folder)
+    if record["value"] is None:
+        word = record.get("not_finite", {}).get("value")
+        final = f"the final {record['monitor']} is {word}"
+        return replace(found, error=final if word else "it ended without a validation")
     return replace(found, record=record)
 
 
@@ -197,12 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, common = parse(words)
     try:
         jobs = make_jobs(options, common)
-        options.out.mkdir(parents=True, exist_ok=True)
-        with locked(options.out, wait=False) as held:
-            if not held:
-                raise InputError(f"--out: another benchmark is running in {options.out}; wait")
+        with output_folder(options.out):
             for job in jobs:
-                job.require_same_inputs()
+                job.require_usable()
             runs = []
             for k, job in enumerate(jobs, start=1):
                 print(f"[{k} of {len(jobs)}] {job.variant}, seed {job.seed}: ", end="", flush=True)

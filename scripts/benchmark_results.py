@@ -8,14 +8,15 @@ from typing import Any
 
 from scipy import stats  # pip install -e '.[bench]'
 
-CONDITIONS = ("monitor", "target", "device", "torch", "git_revision")
+CONDITIONS = ("monitor", "mode", "target", "device", "torch", "git_revision")
 TIMES = ("train_seconds", "compile_seconds", "wall_seconds")
 FIGURES = ("value", "tokens", *TIMES)
 NOTES = """\
 Means ± standard deviations over seeds; differences and ratios of runs with the same seed, with 95%
 confidence intervals. p of target: p-value of a one-sided t-test, small if the mean of the final
-values meets the target; not given if a run failed. The test assumes a fixed number of steps: it is
-too optimistic where runs stop once a validation meets the target.
+values meets the target; not given if a run failed or was not validated on the whole split. The test
+assumes a fixed number of steps: it is too optimistic where runs stop once a validation meets the
+target.
 """
 
 
@@ -56,31 +57,73 @@ def t_test(values: Sequence[float], null: float, alternative: str) -> float | No
     return float(stats.ttest_1samp(values, null, alternative=alternative).pvalue)
 
 
+def measured(record: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same in two records, by its name in words, to compare their values."""
+    validation = record.get("validation") or {}
+    return {
+        "monitor": record["monitor"],
+        "mode": record["mode"],
+        "target": record["target"],
+        "validation text": validation.get("fingerprint"),
+        "length of validation windows": validation.get("sequence_length"),
+        "part of the validation split": part_of_split(validation),
+    }
+
+
+def part_of_split(validation: dict[str, Any]) -> str:
+    """How much of the validation split was measured, in words."""
+    if not validation or validation["complete"]:
+        return "all of it"
+    return f"{validation['tokens']:,} of {validation['split_tokens']:,} tokens"
+
+
+def unlike(runs: Iterable[BenchmarkRun]) -> list[str]:
+    """In what runs were not measured alike, in words; empty if their values can be compared."""
+    found = [measured(run.record) for run in runs if run.record]
+    words = []
+    for name in found[0] if found else ():
+        values = dict.fromkeys(str(each[name]) for each in found)
+        words += [f"{name}: {', '.join(values)}"] if len(values) > 1 else []
+    return words
+
+
 def summarize_variant(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
-    """Figures of one variant over its runs that did not fail."""
+    """Figures of one variant over its runs that did not fail, and notes that qualify them."""
     done = [run for run in runs if not run.error]
+    notes = [f"its runs were not measured alike ({words})" for words in unlike(done)]
+    for validation in (run.record.get("validation") for run in done):
+        if validation and not validation["complete"]:
+            share = min(100 * validation["tokens"] / validation["split_tokens"], 99.9)
+            note = f"validated on {share:.3g}% of the split, not a record"
+            notes += [note] if note not in notes else []
     target_p = None
-    if len(done) == len(runs):  # otherwise the runs that are left are a biased sample
+    if len(done) == len(runs) and not notes:  # the runs that did not fail are a biased sample
         alternative = "less" if done[0].record["mode"] == "min" else "greater"
-        values = [run.record["value"] for run in done]
-        target_p = t_test(values, done[0].record["target"], alternative)
+        values, target = [run.record["value"] for run in done], done[0].record["target"]
+        target_p = None if target is None else t_test(values, target, alternative)
     return {
         "variant": runs[0].variant,
         "runs": len(runs),
         "target_p": target_p,
         **{name: estimate([run.record[name] for run in done]) for name in FIGURES},
+        "notes": notes,
     }
 
 
 def compare(first: Sequence[BenchmarkRun], other: Sequence[BenchmarkRun]) -> dict[str, Any]:
-    """Compare a variant with the first one over the seeds with which neither failed."""
+    """Compare a variant with the first one over the seeds with which neither failed.
+
+    Runs that were not measured alike are not compared; `left_out` says why, and is None otherwise.
+    """
     by_seed = {run.seed: run.record for run in first if not run.error}
-    done = [run for run in other if not run.error and run.seed in by_seed]
+    reasons = unlike([*first, *other])
+    done = [run for run in other if not run.error and run.seed in by_seed and not reasons]
     pairs = [(by_seed[run.seed], run.record) for run in done]
     differences = [b["value"] - a["value"] for a, b in pairs]
     ratios = [b["train_seconds"] / a["train_seconds"] for a, b in pairs if a["train_seconds"]]
     return {
         "variant": other[0].variant,
+        "left_out": "; ".join(reasons) or None,
         "value_difference": estimate(differences),
         "p": t_test(differences, 0.0, "two-sided"),
         "train_seconds_ratio": estimate(ratios),
@@ -118,7 +161,7 @@ def mean_interval(found: dict[str, Any], form: str) -> str:
 
 def table(rows: Iterable[dict[str, str]]) -> str:
     """A Markdown table with a column for each key."""
-    rows = list(rows)
+    rows = [{k: text.replace("|", "\\|") for k, text in row.items()} for row in rows]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -149,10 +192,26 @@ def markdown(results: dict[str, Any]) -> str:
     conditions = [f"- {key}: {', '.join(results[key])}" for key in CONDITIONS]
     conditions += [f"- command: `{results['command']}`"]
     parts = ["# Benchmark", "\n".join(conditions), table(map(variant_row, results["variants"]))]
+    parts += _list(
+        f"{found['variant']}: {note}" for found in results["variants"] for note in found["notes"]
+    )
     if results["comparisons"]:
         parts += [f"## Compared with {results['variants'][0]['variant']}"]
-        parts += [table(map(comparison_row, results["comparisons"]))]
+        if compared := [found for found in results["comparisons"] if not found["left_out"]]:
+            parts += [table(map(comparison_row, compared))]
+        parts += _list(
+            f"{found['variant']}: not compared, because they were not measured alike "
+            f"({found['left_out']})"
+            for found in results["comparisons"]
+            if found["left_out"]
+        )
     if failed := [run for run in results["runs"] if run["error"]]:
-        lines = [f"- {run['variant']}, seed {run['seed']}: {run['error']}" for run in failed]
-        parts += ["## Failed", "\n".join(lines)]
+        parts += ["## Failed"]
+        parts += _list(f"{run['variant']}, seed {run['seed']}: {run['error']}" for run in failed)
     return "\n\n".join([*parts, NOTES])
+
+
+def _list(items: Iterable[str]) -> list[str]:
+    """A Markdown list as a part of a document; no part without items."""
+    lines = [f"- {item}" for item in items]
+    return ["\n".join(lines)] if lines else []

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from hlbgpt.cli.main import build, run
+from hlbgpt.cli.main import build, one_line_errors, run
 from hlbgpt.data import TrainLoader
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
-from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.errors import InputError, require_positive
 from hlbgpt.utils.files import write_json
 from hlbgpt.utils.hardware import gpu_of, peak_memory
 
@@ -171,7 +171,10 @@ def measure(stage: str, words: Sequence[str], out: Path, repeat: int) -> Tables:
         return hardware_tables(built, torch.device(device), repeat)
     probe = BeforeFirstStep(gradients if stage == "gradients" else steps, repeat)
     own = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
-    run(["fit", *words, *own, f"--trainer.default_root_dir={out}"], [probe])
+    with one_line_errors():
+        run(["fit", *words, *own, f"--trainer.default_root_dir={out}"], [probe])
+    if not probe.found:
+        raise InputError("the run ended before its first step; let it make at least one")
     return probe.found
 
 
@@ -187,8 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=20, help="n of the times (default: 20)")
     options = parser.parse_args(words[:split])
     try:
-        found = measure(options.stage, words[split + 1 :], options.out, options.repeat)
+        require_positive("--", repeat=options.repeat)
         options.out.mkdir(parents=True, exist_ok=True)
+        found = measure(options.stage, words[split + 1 :], options.out, options.repeat)
         write_json(options.out / MEASURED, found)
     except (InputError, OSError) as error:
         sys.stderr.write(f"gpu_measure.py: error: {error}\n")

@@ -12,26 +12,36 @@ the named stages, also again. The report is OUT/report.md. The exit code is 1 if
 """
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import INPUTS, SET_BY_BENCHMARK, launch, reason_of_failure
-from benchmark import Job as BenchmarkJob
-from gpu_report_text import LOG, RESULTS, write_report
+from benchmark import SET_BY_BENCHMARK
+from gpu_report_text import RESULTS, read_result, read_results, write_report
+from jobs import (
+    LOG,
+    config_texts,
+    copy_configs,
+    describe_inputs,
+    launch,
+    note_inputs,
+    output_folder,
+    reason_of_failure,
+    require_folder_names,
+    require_idle,
+    require_same_inputs,
+)
 
 from hlbgpt.cli.main import build
 from hlbgpt.optim.schedules import plan_steps
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.files import atomic_write, locked
 
 CONFIGS = ("configs/speedrun.yaml", "configs/hlb041.yaml")
 MEASURE = Path(__file__).with_name("gpu_measure.py")
@@ -49,11 +59,11 @@ class Job:
     @property
     def result(self) -> dict[str, Any] | None:
         """What the process has measured, or the record of its run; None if it has not ended."""
-        path = self.folder / RESULTS[self.folder.parent.name]
-        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return read_result(self.folder / RESULTS[self.folder.parent.name])
 
     def run(self) -> str | None:
         """Run the process from the start; returns why it failed, if it did."""
+        require_idle(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         log = self.folder / LOG
@@ -77,6 +87,19 @@ class Report:
     device: str
     quick: bool
     extra: list[str]  # arguments of `hlbgpt fit`
+
+    def on_copies(self) -> "Report":
+        """The report with copies of its configs, so that edits do not reach what runs later.
+
+        Raises InputError if OUT holds results of other inputs.
+        """
+        configs = ["--config", str(self.recipe), "--config", str(self.rival), *self.extra]
+        texts, options = config_texts(configs), [self.device, "quick" if self.quick else "full"]
+        inputs = describe_inputs([*configs, *options], texts)
+        require_same_inputs(self.out, inputs)
+        note_inputs(self.out, inputs)
+        _, recipe, _, rival, *extra = copy_configs(configs, texts, self.out)
+        return replace(self, recipe=Path(recipe), rival=Path(rival), extra=extra)
 
     @property
     def seeds(self) -> range:
@@ -191,6 +214,7 @@ def parse(words: Sequence[str]) -> tuple[Report, list[str]]:
     if len(options.config) > 2:
         raise InputError("--config: more than two; give the recipe, then its rival")
     recipe, rival = map(Path, [*options.config, *CONFIGS[len(options.config) :]])
+    require_folder_names([recipe.stem, rival.stem])
     if recipe.stem == rival.stem:
         raise InputError("--config: the recipe and its rival have the same name; rename one")
     for word in extra:
@@ -207,26 +231,16 @@ def parse(words: Sequence[str]) -> tuple[Report, list[str]]:
     return report, options.only
 
 
-def require_same_inputs(report: Report) -> None:
-    """Note what the results are made from; raises InputError if OUT holds others."""
-    words = [word for config in (report.recipe, report.rival) for word in report.fit_words(config)]
-    name = "quick" if report.quick else "full"
-    job = BenchmarkJob(name, 0, [*words, name], report.out)
-    job.require_same_inputs()
-    with atomic_write(report.out / INPUTS) as path:
-        path.write_text(job.inputs(), "utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages and write the report; returns the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         report, only = parse(words)
-        report.out.mkdir(parents=True, exist_ok=True)
-        with locked(report.out, wait=False) as held:
-            if not held:
-                raise InputError(f"--out: another report is made in {report.out}; wait for it")
-            require_same_inputs(report)
+        with output_folder(report.out):
+            report = report.on_copies()
+            for stage in STAGES:  # broken ones are found before anything runs
+                if stage not in only:
+                    read_results(report.out, stage)
             try:
                 stages = [stage for stage in STAGES if not only or stage in only]
                 failed = [run_stage(report, stage, again=stage in only) for stage in stages]

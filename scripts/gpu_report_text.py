@@ -1,6 +1,6 @@
 """The report of scripts/gpu_report.py, Markdown and two pictures, from what its processes left."""
 
-import json
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from benchmark_results import table
 from gpu_measure import MEASURED, PARTS
+from jobs import LOG
 from matplotlib.figure import Figure  # pip install -e '.[plot]'
 from plot import draw, save_figure
 from run_curves import AXES, read_run
 
 from hlbgpt.runs.folder import RECORD
+from hlbgpt.runs.record import DURATION, read_json, read_record
+from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 
-LOG = "output.log"  # the command of a process, and what it prints
 # What a process of each stage writes last: tables, or the record of a run.
 RESULTS = dict.fromkeys(("hardware", "gradients", "steps"), MEASURED)
 RESULTS |= dict.fromkeys(("start", "speedruns", "race"), RECORD)
@@ -85,11 +87,36 @@ def race_result(found: Found, recipe: str, rival: str) -> str:
     )
 
 
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What a process has written last; None if it has not ended.
+
+    Raises InputError if the file is broken, or another program's.
+    """
+    if not path.is_file():
+        return None
+    if path.name == RECORD:
+        return read_record(path.parent)
+    tables = read_json(path)
+    if not all(map(_is_table, tables.values())):
+        raise InputError(f"{path}: holds no tables; remove it, and it is measured again")
+    if path.parents[1].name == "steps" and not _are_times(next(iter(tables.values()), [])):
+        raise InputError(f"{path}: holds no times; remove it, and it is measured again")
+    return tables
+
+
+def _is_table(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _are_times(rows: list[dict[str, Any]]) -> bool:
+    return all(DURATION.fits(row.get(f"{part} ms")) for row in rows for part in PARTS)
+
+
 def read_results(out: Path, stage: str) -> tuple[Found, list[Path]]:
     """The results of a stage in the order of its processes, and all logs."""
     logs = sorted((out / stage).glob(f"*/{LOG}"), key=lambda log: log.stat().st_mtime_ns)
-    paths = [log.with_name(RESULTS[stage]) for log in logs]
-    return {p.parent.name: json.loads(p.read_text("utf-8")) for p in paths if p.is_file()}, logs
+    results = {log.parent.name: read_result(log.with_name(RESULTS[stage])) for log in logs}
+    return {name: found for name, found in results.items() if found is not None}, logs
 
 
 def section(out: Path, stage: str, recipe: str, rival: str) -> list[str]:
@@ -106,7 +133,7 @@ def section(out: Path, stage: str, recipe: str, rival: str) -> list[str]:
             for caption, rows in tables.items():
                 parts += formatted(f"**{name}**: {caption}", rows)
     for log in logs:
-        command, *lines = log.read_text("utf-8", errors="replace").splitlines()
+        command, *lines = log.read_text("utf-8", errors="replace").splitlines() or [""]
         commands += [command]
         if log.parent.name not in found:
             parts += [f"**{log.parent.name} failed or was stopped**; its last lines:"]
@@ -117,9 +144,9 @@ def section(out: Path, stage: str, recipe: str, rival: str) -> list[str]:
 def draw_steps(found: Found) -> Figure:
     """Draw a bar of the milliseconds of a step at each shape, divided into its parts."""
     bars = {
-        f"{name} {cell(row['windows x tokens'])}": row
+        f"{name} {cell(row.get('windows x tokens'))}": row
         for name, tables in found.items()
-        for row in next(iter(tables.values()))
+        for row in next(iter(tables.values()), [])
     }
     figure = Figure(figsize=(9, 1.2 + 0.35 * len(bars)), layout="constrained")
     axes, left = figure.subplots(), np.zeros(len(bars))
@@ -140,7 +167,8 @@ def draw_curves(out: Path, recipe: str, rival: str) -> Figure | None:
     """Draw the finished runs that have a validation loss; None if there are none."""
     groups = {}
     for stage, name in (("speedruns", recipe), ("race", rival), ("race", recipe)):
-        folders = [record.parent for record in sorted(out.glob(f"{stage}/{name}_[0-9]*/{RECORD}"))]
+        records = out.glob(f"{stage}/{glob.escape(name)}_[0-9]*/{RECORD}")
+        folders = [record.parent for record in sorted(records)]
         runs = [run for run in map(read_run, folders) if all(len(run.losses[a].x) for a in AXES)]
         if runs:
             groups[f"{stage}: {name}"] = runs

@@ -13,6 +13,7 @@ pytest.importorskip("scipy")
 import benchmark
 
 from hlbgpt.__main__ import main as hlbgpt
+from hlbgpt.utils.errors import InputError
 
 BROKEN = "broken: --data.sequence_length=999"
 WIDE = "more windows: --data.micro_batch_size=8"
@@ -109,10 +110,11 @@ def test_a_changed_config_is_another_run(tmp_path: Path) -> None:
     job = benchmark.make_jobs(*options)[0]
     job.folder.mkdir(parents=True)
     (job.folder / benchmark.INPUTS).write_text(job.inputs())
-    job.require_same_inputs()
+    job.require_usable()
     config.write_text(config.read_text().replace("0.95", "0.96"))
-    with pytest.raises(benchmark.InputError, match="another text of its config"):
-        job.require_same_inputs()
+    job.require_usable()  # with what it was at the start
+    with pytest.raises(InputError, match="another text of its config"):
+        benchmark.make_jobs(*options)[0].require_usable()
 
 
 def test_an_interrupted_run_is_resumed(
@@ -153,9 +155,9 @@ def test_a_folder_is_locked_while_a_benchmark_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "launch", never)
-    with benchmark.locked(tmp_path, wait=False):
+    with benchmark.output_folder(tmp_path):
         assert benchmark.main([*QUICKSTART, "--out", str(tmp_path)]) == 2
-    assert "--out: another benchmark is running in" in capsys.readouterr().err
+    assert f"--out: another process is writing to {tmp_path}; wait" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,8 @@ def test_a_folder_is_locked_while_a_benchmark_runs(
     [
         (["--config", "nope.yaml"], "--config: no file 'nope.yaml'"),
         ([*QUICKSTART, *QUICKSTART], "--config: two files have the same name"),
-        ([*QUICKSTART, "--seeds", "0"], "--seeds: 0 is less than 1"),
+        ([*QUICKSTART, "--seeds", "0"], "--seeds: 0 is not between 1 and 10,000"),
+        ([*QUICKSTART, "--seeds", "100000000"], "--seeds: 100000000 is not between"),
         ([*QUICKSTART, "--variant", ": --a 1"], "--variant: ': --a 1' is not 'NAME: ARGUMENTS'"),
         ([*QUICKSTART, "--variant", "../x: --a 1"], "--variant: '../x: --a 1' is not"),
         ([*QUICKSTART, "--variant", "x:"], "--variant: 'x:' is not"),

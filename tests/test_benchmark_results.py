@@ -17,25 +17,11 @@ from benchmark_results import (
     t_test,
 )
 from scipy import stats
+from test_read_record import changed
 
 
-def make_run(
-    variant: str, seed: int, value: float, mode: str = "min", **figures: Any
-) -> BenchmarkRun:
-    record = {
-        "monitor": "val_loss",
-        "target": 3.8,
-        "mode": mode,
-        "value": value,
-        "tokens": 2_000_000,
-        "train_seconds": 10.0,
-        "compile_seconds": 1.0,
-        "wall_seconds": 15.0,
-        "device": "cpu",
-        "torch": "2.8",
-        "git_revision": None,
-    }
-    return BenchmarkRun(variant, seed, record=record | figures)
+def make_run(variant: str, seed: int, value: float, **fields: Any) -> BenchmarkRun:
+    return BenchmarkRun(variant, seed, record=changed(value=value, **fields))
 
 
 def test_estimate_by_hand() -> None:
@@ -102,6 +88,74 @@ def test_tables_of_runs_with_gaps() -> None:
     assert rows["| b"] == ["1 of 2", "3.6000 ± -", "-", "2,000,000 ± -"]
     assert "| b | 1 | -0.1000 [-, -] | - | 0.500 [-, -] |" in shown
     assert "- b, seed 1: exit code 1: RuntimeError: out of memory" in shown
-    assert "- monitor: val_loss\n- target: 3.8\n- device: cpu" in shown
+    assert "- monitor: val_loss\n- mode: min\n- target: 3.8\n- device: cpu" in shown
     assert "- command: `the command`" in shown
     assert "nan" not in shown
+
+
+UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
+    "monitor": ({"monitor": "val_accuracy"}, "monitor: val_loss, val_accuracy"),
+    "mode": ({"mode": "max"}, "mode: min, max"),
+    "target": ({"target": 3.5}, "target: 3.8, 3.5"),
+    "text": ({"validation": {"fingerprint": "ffff"}}, "validation text: 0a1b2c3d, ffff"),
+    "windows": (
+        {"validation": {"sequence_length": 512}},
+        "length of validation windows: 1024, 512",
+    ),
+    "part": (
+        {"validation": {"complete": False, "tokens": 24_790}},
+        "part of the validation split: all of it, 24,790 of 247,900 tokens",
+    ),
+    "unknown": ({"validation": None}, "validation text: 0a1b2c3d, None"),
+}
+
+
+@pytest.mark.parametrize(("fields", "words"), UNLIKE.values(), ids=UNLIKE)
+def test_what_was_measured_otherwise_is_not_subtracted(fields: dict[str, Any], words: str) -> None:
+    runs = [
+        make_run(name, seed, 3.7 + seed, **more)
+        for seed in range(2)
+        for name, more in (("a", {}), ("b", fields), ("c", {}))
+    ]
+    results = summarize(runs, "the command")
+    left_out, compared = results["comparisons"]
+    assert words in left_out["left_out"]
+    assert left_out["value_difference"]["n"] == left_out["train_seconds_ratio"]["n"] == 0
+    assert compared["left_out"] is None
+    assert compared["value_difference"]["n"] == 2
+    (line,) = [line for line in markdown(results).splitlines() if "not compared" in line]
+    assert line.startswith("- b: not compared, because they were not measured alike (")
+    assert words in line
+
+
+def test_seeds_measured_otherwise_have_no_p_of_the_target() -> None:
+    """As when a text was changed while the benchmark ran."""
+    other = {"validation": {"fingerprint": "ffff"}}
+    runs = [make_run("a", 0, 3.7), make_run("a", 1, 3.72), make_run("a", 2, 3.71, **other)]
+    found = summarize_variant(runs)
+    assert found["target_p"] is None
+    shown = markdown(summarize(runs, ""))
+    assert "- a: its runs were not measured alike (validation text: 0a1b2c3d, ffff)" in shown
+    assert summarize_variant(runs[:2])["target_p"] is not None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [(24_790, "10"), (100, "0.0403"), (247_899, "99.9"), (82_633, "33.3")]
+)
+def test_a_part_of_the_split_is_no_record(tokens: int, share: str) -> None:
+    part = {"validation": {"complete": False, "tokens": tokens}}
+    runs = [make_run(name, seed, 3.7 + 0.1 * seed, **part) for seed in range(2) for name in "ab"]
+    results = summarize(runs, "")
+    assert results["variants"][0]["target_p"] is None
+    assert f"- a: validated on {share}% of the split, not a record" in markdown(results)
+    assert results["comparisons"][0]["value_difference"]["n"] == 2  # all on the same part
+
+
+def test_odd_words_do_not_break_the_tables() -> None:
+    shown = markdown(summarize([make_run("a|b", 0, 3.7), make_run("c", 0, 3.7)], ""))
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {9, 6}
+    assert (
+        summarize_variant([make_run("a", s, 3 + s, target=None) for s in (0, 1)])["target_p"]
+        is None
+    )

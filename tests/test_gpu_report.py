@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 import gpu_gradients
 import gpu_measure
 import gpu_report
+from test_read_record import write_record
 
 from hlbgpt.__main__ import main as hlbgpt
 from hlbgpt.models import GPT, FastGPT
@@ -154,8 +155,7 @@ def test_caches_of_cold_and_warm_start(small: tuple[list[str], list[str]], tmp_p
     report, _ = gpu_report.parse([*small[0], "--out", str(tmp_path), "--", *small[1]])
     jobs = gpu_report.start(report)
     cold = next(jobs)
-    cold.folder.mkdir(parents=True)
-    (cold.folder / "record.json").write_text("{}")
+    write_record(cold.folder)
     (warm,) = jobs
     assert cold.environment == warm.environment
     cache = Path(cold.environment["TORCHINDUCTOR_CACHE_DIR"])
