@@ -135,8 +135,9 @@ def make_jobs(options: argparse.Namespace, common: Sequence[str]) -> list[Job]:
     configs = {Path(config).stem: config for config in options.config}
     if len(set(map(str.casefold, configs))) < len(options.config):
         raise InputError("--config: two files have the same name; rename one")
-    require_folder_names(configs)
+    require_folder_names("--config", configs)
     variants = parse_variants(options.variant)
+    require_folder_names("--variant", variants)
     for word in [*common, *(word for words in variants.values() for word in words)]:
         if word.partition("=")[0] in SET_BY_BENCHMARK:
             raise InputError(f"{word}: is set by the benchmark itself; leave it out")

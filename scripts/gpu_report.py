@@ -214,7 +214,7 @@ def parse(words: Sequence[str]) -> tuple[Report, list[str]]:
     if len(options.config) > 2:
         raise InputError("--config: more than two; give the recipe, then its rival")
     recipe, rival = map(Path, [*options.config, *CONFIGS[len(options.config) :]])
-    require_folder_names([recipe.stem, rival.stem])
+    require_folder_names("--config", [recipe.stem, rival.stem])
     if recipe.stem == rival.stem:
         raise InputError("--config: the recipe and its rival have the same name; rename one")
     for word in extra:

@@ -23,6 +23,7 @@ if sys.platform != "win32":
 INPUTS = "inputs.json"  # in a folder: the arguments and configs that its results were made from
 LOG = "output.log"  # the command of a process, and what it prints
 COPIES = "configs"  # in a run's folder: the config files as they were when the command began
+_LONGEST_NAME = 200  # bytes; most file systems take 255
 YAML = (".yaml", ".yml")
 _PR_SET_PDEATHSIG = 1  # of Linux: see `man 2 prctl`
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -46,11 +47,11 @@ def output_folder(out: Path) -> Iterator[None]:
         yield
 
 
-def require_folder_names(configs: Iterable[str]) -> None:
-    """Raise InputError for the name of a config that can be no folder's name, or not be shown."""
-    for name in configs:
-        if not name.strip(".") or not name.isprintable():
-            raise InputError(f"--config: {name!r} can be no folder's name; rename the file")
+def require_folder_names(option: str, names: Iterable[str]) -> None:
+    """Raise InputError for a name that can be no folder's, or that cannot be shown."""
+    for name in names:
+        if not name.strip(".") or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+            raise InputError(f"{option}: {name!r} can be no folder's name; choose another")
 
 
 def describe_inputs(arguments: Sequence[str], texts: Mapping[str, str]) -> str:
