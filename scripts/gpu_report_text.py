@@ -12,7 +12,7 @@ from gpu_measure import MEASURED, PARTS
 from jobs import LOG
 from matplotlib.figure import Figure  # pip install -e '.[plot]'
 from plot import draw, save_figure
-from run_curves import AXES, read_run
+from run_curves import read_run
 
 from hlbgpt.runs.folder import RECORD
 from hlbgpt.runs.record import DURATION, read_json, read_record
@@ -169,7 +169,7 @@ def draw_curves(out: Path, recipe: str, rival: str) -> Figure | None:
     for stage, name in (("speedruns", recipe), ("race", rival), ("race", recipe)):
         records = out.glob(f"{stage}/{glob.escape(name)}_[0-9]*/{RECORD}")
         folders = [record.parent for record in sorted(records)]
-        runs = [run for run in map(read_run, folders) if all(len(run.losses[a].x) for a in AXES)]
+        runs = [run for run in map(read_run, folders) if run.is_drawable]
         if runs:
             groups[f"{stage}: {name}"] = runs
     return draw(groups, hlb_gpt=False) if groups else None

@@ -13,6 +13,7 @@ minimum to maximum and a thin line for each seed. An unfinished run is drawn as 
 
 import argparse
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ from hlbgpt.utils.files import atomic_write
 COLORS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 # For white and for dark pages: the blue is lighter than theirs, and the text is grey.
 COLORS_ON_ANY_PAGE, GREY = ("#D55E00", "#1F83C4", "#009E73", "#CC79A7"), "#787878"
+FORMATS = (".png", ".svg", ".pdf")
+MAX_GROUPS = 60  # of runs, each with its line in the legend
+LONGEST_LABEL = 60  # characters
+SHORT_LABEL = 32  # where a label takes its room from a panel
 BY = {"tokens": TOKENS, "steps": STEPS, "seconds": SECONDS}
 # Parts of a run's time by their grey level; what is left of `wall_seconds` is the rest.
 TIMES = {"train": "0.3", "data": "0.85", "validation": "0.55", "compile": "0.7", "checkpoint": "0"}
@@ -55,6 +60,11 @@ HLB_GPT = Curve(
 )
 
 
+# Names of folders may contain $, which is no mathematics.
+plain_text = rc_context({"text.parse_math": False})
+
+
+@plain_text
 def draw(groups: Mapping[str, Sequence[RunCurves]], *, hlb_gpt: bool) -> Figure:
     """Draw every group of runs, and hlb-gpt's published curve if `hlb_gpt`."""
     figure = Figure(figsize=(11, 6 + 0.3 * len(groups)), layout="constrained")
@@ -76,6 +86,7 @@ def draw(groups: Mapping[str, Sequence[RunCurves]], *, hlb_gpt: bool) -> Figure:
     return figure
 
 
+@plain_text
 def draw_one(
     groups: Mapping[str, Sequence[RunCurves]], axis: str, *, hlb_gpt: bool, caption: str
 ) -> Figure:
@@ -97,9 +108,11 @@ def draw_one(
     for line in axes.lines:
         if not (label := str(line.get_label())).startswith("_"):
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            name = shown(label, SHORT_LABEL).strip()
+            end = np.flatnonzero(np.isfinite(y))[-1]  # it may have diverged there
             axes.annotate(
-                label if line.get_linestyle() == "--" else f"{label}\n{y[-1]:.2f}",
-                (x[-1], y[-1]),
+                name if line.get_linestyle() == "--" else f"{name}\n{y[-1]:.2f}",
+                (x[end], y[end]),
                 xycoords=line.get_transform(),
                 xytext=(8, -6),
                 textcoords="offset points",
@@ -109,10 +122,34 @@ def draw_one(
             )
     axes.tick_params(color=GREY, labelcolor=GREY)
     axes.spines[:].set_color(GREY)
-    below = figure.supxlabel(caption, x=0.01, ha="left", fontsize="medium")
+    below = figure.supxlabel(printable(caption), x=0.01, ha="left", fontsize="medium")
     for text in (axes.xaxis.label, axes.yaxis.label, below):
         text.set_color(GREY)
     return figure
+
+
+def shown(label: str, longest: int = LONGEST_LABEL) -> str:
+    """A label as it can be drawn: in a line, short, and not left out.
+
+    Matplotlib leaves out what begins with an underscore.
+    """
+    text = printable(label)
+    if len(text) > longest:
+        half = longest // 2 - 1
+        text = f"{text[:half]} … {text[-half:]}"
+    return f" {text}" if text.startswith("_") else text
+
+
+def printable(text: str) -> str:
+    """`text` in a line, without the control characters that no SVG may contain."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def in_words(runs: Sequence[RunCurves]) -> str:
+    """The seeds of a group of runs, for its label."""
+    if len(runs) > 1:
+        return f"{len(runs)} seeds"
+    return "no seed" if runs[0].seed is None else f"seed {runs[0].seed}"
 
 
 def draw_losses(
@@ -124,14 +161,20 @@ def draw_losses(
         axes.set(xlabel=axis)
         for k, (label, runs) in enumerate(groups.items()):
             color = colors[k % len(colors)]
-            seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
             curves = [run.losses[axis] for run in runs]
             x, mean, low, high = band(curves)
-            axes.plot(x, mean, color=color, marker=".", label=f"{label}: {seeds}")
+            if not np.isfinite(mean).any():
+                raise InputError(
+                    f"{label}: its runs have no {axis} in common with finite losses; name them "
+                    "apart, as A=FOLDER B=FOLDER"
+                )
+            text = f"{shown(label)}: {in_words(runs)}"
+            axes.plot(x, mean, color=color, marker=".", label=text)
             if len(runs) > 1:
                 axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
                 for curve in curves:
-                    axes.plot(*curve, color=color, linewidth=0.5, alpha=0.6)
+                    faint = min(0.6, 6 / len(curves))
+                    axes.plot(*curve, color=color, linewidth=0.5, alpha=faint)
 
 
 def finish_losses(
@@ -159,7 +202,8 @@ def draw_times(axes: Any, groups: Mapping[str, Sequence[RunCurves]]) -> None:
     """Draw a bar for each group of finished runs: the mean time, divided into its parts."""
     finished = {label: runs for label, runs in groups.items() if runs[0].record}
     axes.set(xlabel="seconds of the process, mean over seeds")
-    left = np.zeros(len(finished))
+    rows, left = np.arange(len(finished)), np.zeros(len(finished))
+    axes.set_yticks(rows, [shown(label, SHORT_LABEL) for label in finished])
     seconds = {
         name: np.array(
             [np.mean([run.record[f"{name}_seconds"] for run in runs]) for runs in finished.values()]
@@ -169,7 +213,7 @@ def draw_times(axes: Any, groups: Mapping[str, Sequence[RunCurves]]) -> None:
     seconds["train"] = seconds["train"] - seconds["data"]  # it includes waiting for data
     seconds["rest"] = seconds.pop("wall") - sum(seconds.values())
     for name, values in seconds.items():
-        bars = axes.barh([*finished], values, 0.5, left, label=name, color=TIMES.get(name, "0.95"))
+        bars = axes.barh(rows, values, 0.5, left, label=name, color=TIMES.get(name, "0.95"))
         left += values
     axes.bar_label(bars, [f"{total:,.0f} s" for total in left], padding=3)
     axes.invert_yaxis()
@@ -186,10 +230,22 @@ def save_figure(figure: Figure, path: Path) -> None:
         with (
             atomic_write(path) as temporary,
             rc_context({"svg.fonttype": "none", "svg.hashsalt": "hlbgpt"}),
+            warnings.catch_warnings(),
         ):
+            # What no font has is drawn as a box.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(temporary, format=kind, dpi=200, metadata=same)
     except (OSError, ValueError) as error:
         raise InputError(f"--out: cannot write {path}: {error}; name another file") from error
+
+
+def why_not_drawn(run: RunCurves) -> str:
+    """Why a run has no curve, and what to do."""
+    if len(run.losses[TOKENS].y):
+        return "its validation losses are not finite; lower the learning rate"
+    if run.record:
+        return "its event files hold no validation loss; restore them, or log by RunLogger"
+    return "no validation loss yet; wait for the first one"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,11 +262,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.caption and not options.by:
         parser.error("--caption: stands below one panel; add --by tokens")
     try:
+        if options.out.suffix.lower() not in FORMATS:
+            raise InputError(f"--out: {options.out} does not end in {', '.join(FORMATS)}")
         found = find_runs(options.runs)
-        runs = [run for run in found if all(len(run.losses[axis].x) for axis in AXES)]
+        runs = [run for run in found if run.is_drawable]
         if not runs:
-            raise InputError(f"{found[0].folder}: no validation loss yet; wait for the first one")
+            raise InputError(f"{found[0].folder}: {why_not_drawn(found[0])}")
         groups = group_by_variant(runs)
+        if len(groups) > MAX_GROUPS:
+            raise InputError(
+                f"{len(groups)} groups of runs are too many for a picture (at most {MAX_GROUPS}); "
+                "name fewer folders"
+            )
         if options.by:
             axis, caption = BY[options.by], options.caption
             figure = draw_one(groups, axis, hlb_gpt=options.hlb_gpt, caption=caption)
@@ -221,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"plot.py: error: {error}\n")
         return 2
     if len(runs) < len(found):
-        print(f"not drawn: {len(found) - len(runs)} runs that have no validation loss yet")
+        print(f"not drawn, without a finite validation loss: {len(found) - len(runs)}")
     print(f"written: {options.out}")
     return 0
 

@@ -1,6 +1,5 @@
 """Find training runs on disk and read their curves, for scripts/plot.py."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 from hlbgpt.runs.config import flat_settings
 from hlbgpt.runs.folder import CONFIG, RECORD
 from hlbgpt.runs.logger import scalars, tag, tag_by_tokens
+from hlbgpt.runs.record import NUMBER, read_record
 from hlbgpt.utils.errors import InputError
 
 TOKENS, STEPS, SECONDS = AXES = ("million tokens", "steps", "seconds of training")
 EVENTS = "events.out.tfevents.*"
+TARGET = "time_to_target.init_args"
+MAX_SETTINGS = 100_000  # of a run; nested aliases in YAML could stand for billions
 # Settings that may differ between runs of one experiment: the seed, and where files are.
 NOT_COMPARED = re.compile(
     r"seed_everything|ckpt_path|data\.cache_dir|trainer\.(default_root_dir|logger)(\..*)?"
@@ -44,25 +46,34 @@ class RunCurves:
     rates: dict[str, Curve]  # learning rate by steps for each parameter group
 
     @property
-    def seed(self) -> Any:
-        return self.record.get("seed", self.settings.get("seed_everything"))
+    def seed(self) -> int | None:
+        """The random seed; None if the run had none, or is unfinished and drew one."""
+        if self.record:
+            return self.record["seed"]
+        seed = self.settings.get("seed_everything")
+        return seed if type(seed) is int else None
 
     @property
     def target(self) -> float | None:
-        """The target of the validation loss; None if another metric is monitored."""
-        asked = "time_to_target.init_args"
-        monitor = self.settings.get(f"{asked}.monitor", "val_loss")
-        return self.settings.get(f"{asked}.target") if monitor == "val_loss" else None
+        """The target of the validation loss; None if infinite or of another metric."""
+        target = self.settings.get(f"{TARGET}.target")
+        by_loss = self.settings.get(f"{TARGET}.monitor", "val_loss") == "val_loss"
+        return target if by_loss and NUMBER.fits(target) else None
+
+    @property
+    def is_drawable(self) -> bool:
+        """Whether it has validated, with a loss that is finite."""
+        return all(np.isfinite(self.losses[axis].y).any() for axis in AXES)
 
 
 def find_runs(arguments: Sequence[str]) -> list[RunCurves]:
     """Read all runs in folders given as FOLDER or NAME=FOLDER; raises InputError without a run."""
     names: dict[Path, str] = {}
     for argument in arguments:
-        named = not Path(argument).is_dir()  # a folder's name may contain "="
-        name, _, path = argument.rpartition("=") if named else ("", "", argument)
-        configs = sorted(Path(path).resolve().rglob(CONFIG))
-        folders = [config.parent for config in configs if any(config.parent.glob(EVENTS))]
+        try:
+            name, folders = _find_folders(argument)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            raise InputError(f"{argument[:100]}: cannot be read: {error}") from error
         if not folders:
             raise InputError(
                 f"{argument}: contains no run; name a folder with {CONFIG} and {EVENTS} in it, "
@@ -72,16 +83,26 @@ def find_runs(arguments: Sequence[str]) -> list[RunCurves]:
     return [read_run(folder, name) for folder, name in names.items()]
 
 
+def _find_folders(argument: str) -> tuple[str, list[Path]]:
+    """The name given to runs, which may be empty, and their folders."""
+    named = not Path(argument).is_dir()  # a folder's name may contain "="
+    name, _, path = argument.rpartition("=") if named else ("", "", argument)
+    configs = sorted(Path(path).resolve().rglob(CONFIG)) if path else []
+    return name, [config.parent for config in configs if any(config.parent.glob(EVENTS))]
+
+
 def read_run(folder: Path, name: str = "") -> RunCurves:
-    """Read the run in `folder`."""
-    record = folder / RECORD
-    by_step = scalars(folder)
+    """Read the run in `folder`; raises InputError if a file of it is broken."""
+    try:
+        by_step = scalars(folder)
+    except (OSError, ValueError) as error:  # ValueError: a path that is not UTF-8
+        raise InputError(f"{folder}: its curves cannot be read: {error}") from error
     loss = by_step.get(tag_by_tokens("val_loss"), [])
     return RunCurves(
         folder=folder,
         name=name or _default_name(folder),
-        settings=flat_settings(yaml.safe_load((folder / CONFIG).read_text("utf-8"))),
-        record=json.loads(record.read_text("utf-8")) if record.is_file() else {},
+        settings=read_settings(folder / CONFIG),
+        record=read_record(folder) if (folder / RECORD).is_file() else {},
         losses={
             TOKENS: _curve(loss, scale=1e-6),  # its `step` counts tokens
             STEPS: _curve(by_step.get(tag("val_loss"), [])),
@@ -89,6 +110,34 @@ def read_run(folder: Path, name: str = "") -> RunCurves:
         },
         rates={key: _curve(by_step[key]) for key in by_step if key.startswith("lr/")},
     )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a run's config.yaml by dotted keys; raises InputError if it is broken."""
+    try:
+        config = yaml.safe_load(path.read_bytes().decode())
+        size = _expanded_size(config, {})
+    except Exception as error:  # PyYAML raises many kinds, such as KeyError for `!!bool maybe`
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: cannot be read: {reason}; restore it") from error
+    if not isinstance(config, dict) or size > MAX_SETTINGS:
+        what = f"{size:,} settings" if isinstance(config, dict) else f"{config!r:.50}"
+        raise InputError(f"{path}: holds {what}, so it is no config of a run; restore it")
+    settings = flat_settings(config)
+    target = settings.get(f"{TARGET}.target")
+    if target is not None and type(target) not in (int, float):
+        raise InputError(f"{path}: {TARGET}.target: {target!r:.50} is not a number; restore it")
+    return settings
+
+
+def _expanded_size(value: Any, known: dict[int, int]) -> int:
+    """How many settings a config has, counting what aliases stand for each time."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded_size(item, known) for item in inner)
+    return known[id(value)]
 
 
 def _curve(events: Sequence[ScalarEvent], x: str = "step", scale: float = 1.0) -> Curve:
@@ -114,8 +163,9 @@ def group_by_variant(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
     for run in runs:
         compared = {key: v for key, v in run.settings.items() if not NOT_COMPARED.fullmatch(key)}
         key = (run.name, repr(sorted(compared.items())), "" if run.record else run.folder)
-        seen[key, run.seed] += 1
-        groups.setdefault((*key, seen[key, run.seed]), []).append(run)
+        if run.seed is not None:  # runs without a seed are samples of their own
+            seen[key, run.seed] += 1
+        groups.setdefault((*key, max(1, seen[key, run.seed])), []).append(run)
     labels = [name if done == "" else f"{name}, unfinished" for name, _, done, _ in groups]
     return {
         label if labels.count(label) == 1 else f"{label} ({group[0].folder})": group
