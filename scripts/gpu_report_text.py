@@ -11,7 +11,7 @@ from benchmark_results import table
 from gpu_measure import MEASURED, PARTS
 from jobs import LOG
 from matplotlib.figure import Figure  # pip install -e '.[plot]'
-from plot import draw, save_figure
+from plot import SHORT_LABEL, draw, plain_text, save_figure, shown
 from run_curves import read_run
 
 from hlbgpt.runs.folder import RECORD
@@ -141,6 +141,7 @@ def section(out: Path, stage: str, recipe: str, rival: str) -> list[str]:
     return [*parts, "\n".join(["```text", *commands, "```"])]
 
 
+@plain_text
 def draw_steps(found: Found) -> Figure:
     """Draw a bar of the milliseconds of a step at each shape, divided into its parts."""
     bars = {
@@ -149,10 +150,11 @@ def draw_steps(found: Found) -> Figure:
         for row in next(iter(tables.values()), [])
     }
     figure = Figure(figsize=(9, 1.2 + 0.35 * len(bars)), layout="constrained")
-    axes, left = figure.subplots(), np.zeros(len(bars))
+    axes, rows, left = figure.subplots(), np.arange(len(bars)), np.zeros(len(bars))
+    axes.set_yticks(rows, [shown(name, SHORT_LABEL) for name in bars])
     for part, grey in zip(PARTS, GREYS, strict=True):
         values = np.array([row[f"{part} ms"] for row in bars.values()])
-        drawn = axes.barh([*bars], values, 0.6, left, label=part, color=grey)
+        drawn = axes.barh(rows, values, 0.6, left, label=part, color=grey)
         left += values
     axes.bar_label(drawn, [f"{total:.1f}" for total in left], padding=3)
     axes.invert_yaxis()

@@ -84,6 +84,7 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "NUL bytes": (bytes(300), "is not JSON"),
     "deep": ("[" * 100_000, "is not JSON: maximum recursion"),
     "fairly deep": ('{"a": ' * 50 + "1" + "}" * 50, "nested deeper than 20 levels"),
+    "half a character": (r'{"mine": "\ud800"}', "is not JSON: 'utf-8' codec can't encode"),
     "a list": ("[1]", r"holds \[1\]"),
     "null": ("null", "holds None"),
     "foreign": ('{"version": 1}', "has no reached, so it is no record of a run"),

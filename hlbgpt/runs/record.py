@@ -108,6 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_bytes().decode(), parse_constant=_refuse)
+        json.dumps(found, ensure_ascii=False).encode()  # fails for half a character
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # also of text that is not UTF-8
