@@ -173,8 +173,6 @@ def measure(stage: str, words: Sequence[str], out: Path, repeat: int) -> Tables:
     own = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
     with one_line_errors():
         run(["fit", *words, *own, f"--trainer.default_root_dir={out}"], [probe])
-    if not probe.found:
-        raise InputError("the run ended before its first step; let it make at least one")
     return probe.found
 
 

@@ -1,6 +1,7 @@
 """The GPU report, on a CPU: every stage works, what is done is kept, and failures are shown."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ pytest.importorskip("matplotlib")
 import gpu_gradients
 import gpu_measure
 import gpu_report
-from test_read_record import write_record
+from test_read_record import changed, write_record
 
 from hlbgpt.__main__ import main as hlbgpt
 from hlbgpt.models import GPT, FastGPT
+from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import locked
 
 NAMES = ("speedrun", "hlb041")
 
@@ -211,6 +214,7 @@ def test_an_interrupt_leaves_a_report(
         (["--device=cpu", "--", "--seed_everything=3"], "--seed_everything=3: is set by"),
         (["--device=cpu", "--", "--trainer.nonsense=3"], "trainer.nonsense"),
         (["--device=cpu", "--config", "nope.yaml"], "nope.yaml"),
+        (["--device=cpu", "--config", "...yaml"], "'..' can be no folder's name"),
     ],
 )
 def test_bad_input(
@@ -229,6 +233,142 @@ def test_bad_input(
     assert line.startswith("gpu_report.py: error: ")
     assert message in line
     assert not Path("runs").exists()
+
+
+BROKEN_RESULTS: dict[str, tuple[str, Any, str]] = {
+    "cut short": ("hardware/speedrun/measured.json", b'{"a": [', "is not JSON"),
+    "not UTF-8": ("gradients/speedrun/measured.json", b"\xff", "is not JSON"),
+    "no tables": ("hardware/speedrun/measured.json", {"a": 3}, "holds no tables"),
+    "no rows": ("hardware/speedrun/measured.json", {"a": [3]}, "holds no tables"),
+    "no times": ("steps/speedrun/measured.json", {"a": [{"step ms": 1}]}, "holds no times"),
+    "times in words": (
+        "steps/hlb041/measured.json",
+        {"a": [{"forward ms": "1", "backward ms": 1, "optimizer ms": 1}]},
+        "holds no times",
+    ),
+    "foreign record": ("race/hlb041_0/record.json", {"version": 1}, "has no reached"),
+    "record": ("speedruns/speedrun_0/record.json", changed(value="low"), "value: 'low' is not"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"), BROKEN_RESULTS.values(), ids=[*BROKEN_RESULTS]
+)
+def test_a_broken_result_is_named(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.with_name("output.log").write_text("")  # cut short as well
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(InputError, match=f"{path}: .*{message}") as error:
+        gpu_report.read_results(tmp_path, name.partition("/")[0])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_broken_result_is_found_before_anything_runs(
+    small: tuple[list[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_report, "launch", never)
+    path = tmp_path / "race" / "hlb041_0" / "record.json"
+    write_record(path.parent, value="low")
+    path.with_name("output.log").touch()
+    assert gpu_report.main([*small[0], "--out", str(tmp_path), "--", *small[1]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpu_report.py: error: {path}: value: 'low' is not")
+    # The stage that is measured again does not read it.
+    monkeypatch.setattr(gpu_report, "launch", lambda *_, **__: 3)
+    options = [*small[0], "--out", str(tmp_path), "--only", "race"]
+    assert gpu_report.main([*options, "--", *small[1]]) == 1
+
+
+def test_a_config_that_is_edited_meanwhile_reaches_no_process(
+    small: tuple[list[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [tmp_path / Path(word).name for word in small[0] if word.endswith(".yaml")]
+    for config in configs:
+        shutil.copy(Path(small[0][1]).with_name(config.name), config)
+    words = [word for config in configs for word in ("--config", str(config))]
+    words += ["--quick", "--device=cpu", "--out", str(tmp_path / "out"), "--", *small[1]]
+    texts: list[str] = []
+
+    def edited(words: list[str], log: Path, **_: Any) -> int:
+        texts.append(Path(words[words.index("--config") + 1]).read_text())
+        for config in configs:
+            config.write_text("edited: true\n")
+        return 3
+
+    monkeypatch.setattr(gpu_report, "launch", edited)
+    assert gpu_report.main(words) == 1
+    assert len(texts) > 5
+    assert not any("edited" in text for text in texts)
+    for config in configs:
+        config.write_text("trainer: {max_steps: 3}\n")
+    assert gpu_report.main(words) == 2  # not mixed with what was measured
+
+
+def test_a_process_that_goes_on_is_left_alone(
+    small: tuple[list[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_report, "launch", never)
+    folder = tmp_path / "hardware" / "speedrun"
+    folder.mkdir(parents=True)
+    options = [*small[0], "--out", str(tmp_path), "--only", "gradients"]
+    with locked(tmp_path, wait=False):
+        assert gpu_report.main([*options, "--", *small[1]]) == 2
+    assert f"--out: another process is writing to {tmp_path}" in capsys.readouterr().err
+    report, _ = gpu_report.parse([*small[0], "--out", str(tmp_path), "--", *small[1]])
+    (job,) = gpu_report.STAGES["hardware"](report)
+    with locked(folder, wait=False), pytest.raises(InputError, match="still going on"):
+        job.run()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeat", "0"], "--repeat: 0 is less than 1"),
+        (["--out", "file"], "file"),
+        (["--out", "file/x"], "file/x"),
+        (["--", "--nonsense=3"], "nonsense"),
+        (["--", "--config", "nope.yaml"], "nope.yaml"),
+        (["--", "--trainer.limit_train_batches=0"], "trainer.limit_train_batches: 0"),
+    ],
+)
+def test_bad_input_of_a_measurement(
+    words: list[str],
+    message: str,
+    small: tuple[list[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    config = ["--config", small[0][1], "--trainer.accelerator=cpu", *small[1]]
+    words = [*words, *config] if "--" in words else [*words, "--", *config]
+    assert gpu_measure.main(["steps", "--out", "out", *words]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("gpu_measure.py: error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (gpu_report.main, ["--only", "nonsense"]),
+        (gpu_measure.main, ["nonsense", "--out", "x"]),
+        (gpu_measure.main, []),
+    ],
+)
+def test_an_unknown_stage(main: Any, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 class WrongGradient(GPT):

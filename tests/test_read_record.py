@@ -107,7 +107,7 @@ WRONG: dict[str, Any] = {
     "mfu": {},
     "seed": True,
     "device": "two\nlines",
-    "torch": "\ud800",
+    "torch": None,
     "git_revision": 7,
     "validation": [],
     "texts": {"train": "wiki"},
