@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy import stats  # pip install -e '.[bench]'
+try:
+    from scipy import stats
+except ImportError:
+    raise SystemExit("the package scipy is missing; run pip install -e '.[bench]'") from None
 
 CONDITIONS = ("monitor", "mode", "target", "device", "torch", "git_revision")
 TIMES = ("train_seconds", "compile_seconds", "wall_seconds")

@@ -13,6 +13,7 @@ from hlbgpt.cli.main import one_line_errors, run
 from hlbgpt.cli.run_callbacks import as_list
 from hlbgpt.generation import PretrainedModel
 from hlbgpt.runs.folder import CONFIG, RECORD, run_folder
+from hlbgpt.runs.record import read_record
 from hlbgpt.utils.clock import begin_run
 from hlbgpt.utils.errors import InputError
 
@@ -60,8 +61,7 @@ def fit(
     net = cli.model.net.to("cpu").eval()
     data = cli.datamodule
     model = PretrainedModel(net, data.tokenizer, used["model"]["net"], data.special_tokens)
-    path = folder / RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = read_record(folder) if (folder / RECORD).is_file() else {}
     return FitResult(record, folder, model)
 
 
