@@ -176,7 +176,7 @@ def run(job: Job) -> BenchmarkRun:
     if not job.done:
         return replace(found, error=error)
     record = read_record(job.folder)
-    if record["value"] is None:
+    if record["value"] is None or record["validation"] is None:
         word = record.get("not_finite", {}).get("value")
         final = f"the final {record['monitor']} is {word}"
         return replace(found, error=final if word else "it ended without a validation")

@@ -62,20 +62,20 @@ def t_test(values: Sequence[float], null: float, alternative: str) -> float | No
 
 def measured(record: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same in two records, by its name in words, to compare their values."""
-    validation = record.get("validation") or {}
+    validation = record["validation"]  # there is one, since there is a value
     return {
         "monitor": record["monitor"],
         "mode": record["mode"],
         "target": record["target"],
-        "validation text": validation.get("fingerprint"),
-        "length of validation windows": validation.get("sequence_length"),
+        "validation text": validation["fingerprint"],
+        "length of validation windows": validation["sequence_length"],
         "part of the validation split": part_of_split(validation),
     }
 
 
 def part_of_split(validation: dict[str, Any]) -> str:
     """How much of the validation split was measured, in words."""
-    if not validation or validation["complete"]:
+    if validation["complete"]:
         return "all of it"
     return f"{validation['tokens']:,} of {validation['split_tokens']:,} tokens"
 
@@ -94,13 +94,11 @@ def summarize_variant(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
     """Figures of one variant over its runs that did not fail, and notes that qualify them."""
     done = [run for run in runs if not run.error]
     notes = [f"its runs were not measured alike ({words})" for words in unlike(done)]
-    for validation in (run.record.get("validation") for run in done):
-        if validation and not validation["complete"]:
-            share = min(100 * validation["tokens"] / validation["split_tokens"], 99.9)
-            note = f"validated on {share:.3g}% of the split, not a record"
-            notes += [note] if note not in notes else []
+    complete = not notes and all(run.record["validation"]["complete"] for run in done)
+    caveats = dict.fromkeys(caveat for run in done for caveat in run.record["caveats"])
+    notes += [f"{caveat}, not a record" for caveat in caveats]
     target_p = None
-    if len(done) == len(runs) and not notes:  # the runs that did not fail are a biased sample
+    if len(done) == len(runs) and complete:  # the runs that did not fail are a biased sample
         alternative = "less" if done[0].record["mode"] == "min" else "greater"
         values, target = [run.record["value"] for run in done], done[0].record["target"]
         target_p = None if target is None else t_test(values, target, alternative)

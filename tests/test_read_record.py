@@ -26,6 +26,7 @@ RECORD: dict[str, Any] = {
         "fingerprint": "0a1b2c3d",
         "complete": True,
     },
+    "caveats": [],
     "texts": {"train": ["01020304"]},
     "step": 500,
     "tokens": 2_000_000,
@@ -110,6 +111,7 @@ WRONG: dict[str, Any] = {
     "torch": None,
     "git_revision": 7,
     "validation": [],
+    "caveats": "none",
     "texts": {"train": "wiki"},
     "not_finite": {"value": 1},
 }

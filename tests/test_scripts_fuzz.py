@@ -90,7 +90,7 @@ def change_bytes(data: bytes, chance: random.Random) -> bytes:
 
 def through_benchmark(out: Path) -> None:
     found = read_record(out / "race" / "mine_0")
-    if found["value"] is None:
+    if found["value"] is None or found["validation"] is None:
         return
     runs = [BenchmarkRun("a", seed, record=changed(value=3.7 + seed)) for seed in range(2)]
     runs += [BenchmarkRun("b", seed, record=found) for seed in range(2)]

@@ -63,6 +63,7 @@ FIELDS: dict[str, Any] = {
         "fingerprint": TEXT,
         "complete": BOOLEAN,
     },
+    "caveats": Kind("a list of texts", _are_texts),  # why it is not comparable with others
     "texts": {"train": Kind("a list of texts", _are_texts)},
     "step": COUNT,
     "tokens": COUNT,
@@ -85,7 +86,7 @@ FIELDS: dict[str, Any] = {
     "git_revision": _or_null(TEXT),
     "not_finite": Kind("an object of words", _are_words),  # what the nulls stand for
 }
-MAY_LACK = ("not_finite", "validation", "texts")  # the last two until every run writes them
+MAY_LACK = ("not_finite",)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
