@@ -105,6 +105,7 @@ WRONG: dict[str, Any] = {
     "tokens": -1,
     "train_seconds": None,
     "compile_seconds": -0.5,
+    "wall_seconds": 10**40,
     "mfu": {},
     "seed": True,
     "device": "two\nlines",

@@ -24,7 +24,8 @@ def _or_null(kind: Kind) -> Kind:
 
 
 def _is_number(found: Any, least: float = -1e100) -> bool:
-    return type(found) in (int, float) and least <= found <= 1e100
+    most = 2**63 - 1 if type(found) is int else 1e100  # arrays hold no larger integers
+    return type(found) in (int, float) and abs(found) <= most and found >= least
 
 
 def _is_text(found: Any) -> bool:
