@@ -1,6 +1,7 @@
 """Whatever is printed, drawn, logged or stopped: a run that ended has its record."""
 
 import io
+import os
 import resource
 import signal
 import sys
@@ -15,11 +16,12 @@ from conftest import CONFIGS, LAST, QUICKSTART, RUN, TINY
 from helpers import fit, forked, read_record
 from lightning.pytorch.loggers import CSVLogger
 from test_command import closed_pipe, full_disk, gone_terminal
-from test_interrupt import SIGNAL, signalled, stop_code
+from test_interrupt import signalled, stop_code
 
 from hlbgpt import fit as fit_from_python
 from hlbgpt.__main__ import main
 from hlbgpt.callbacks import LastCheckpoint, TimeToTarget
+from hlbgpt.cli import save_config
 from hlbgpt.runs import load_checkpoint
 from hlbgpt.utils.errors import DivergedError, InputError
 
@@ -246,21 +248,23 @@ def test_a_signal_stops_other_commands_at_once(
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("where", ["parsing", "on_fit_start", "on_sanity_check_start"])
+@pytest.mark.parametrize("where", ["parsing", "on_fit_start", "on_train_start"])
 def test_a_signal_during_set_up_leaves_no_folder(
-    hlbgpt, run: list[str], capfd, where: str, name: str
+    hlbgpt, run: list[str], capfd, monkeypatch: pytest.MonkeyPatch, where: str, name: str
 ) -> None:
     extra = signalled(name, where, 1)
-    code = SIGNAL.replace("trainer.sanity_checking or ", "")
     if where == "parsing":
-        code += f"\n\nos.kill(os.getpid(), signal.{name})\n"
-    Path("mine.py").write_text(code)
-    words = [*run, "--trainer.num_sanity_val_steps=1", *extra]
-    assert stop_code(hlbgpt, "fit", *QUICKSTART, *words) == 128 + getattr(signal, name)
+        with Path("mine.py").open("a") as file:
+            file.write(f"\n\nos.kill(os.getpid(), signal.{name})\n")
+    if where == "on_train_start":  # as late as can be, when the settings are logged
+        extra = []
+        monkeypatch.setattr(
+            save_config, "hparams", lambda _: os.kill(os.getpid(), getattr(signal, name))
+        )
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *run, *extra) == 128 + getattr(signal, name)
     captured = capfd.readouterr()
     told = [line for line in (captured.out + captured.err).splitlines() if name in line]
-    assert len(told) == 1
-    assert f"stopped by {name}" in told[0]
+    assert told == [f"hlbgpt: stopped by {name}"]
     assert not Path("runs").exists()
 
 
