@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from hlbgpt import __version__
+from hlbgpt.utils.command import command, killed_by_signals
+from hlbgpt.utils.errors import InputError
 
 COMMANDS = {
     "fit": "Train until the target is met, and record the time.",
@@ -30,8 +31,16 @@ the shell: pip install shtab, and eval "$(hlbgpt --print_completion shtab-bash)"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; the words are those of `sys.argv` unless others are given."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line; the words are those of `sys.argv` unless others are given.
+
+    Raises SystemExit where the exit code is not 0; see `hlbgpt.utils.command`.
+    """
+    if code := _main(list(sys.argv[1:] if arguments is None else arguments)):
+        raise SystemExit(code)
+
+
+@command("hlbgpt")
+def _main(words: list[str]) -> None:
     first = words[0] if words else "--help"
     if first in ("-h", "--help"):
         commands = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
@@ -39,18 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif first == "--version":
         print(f"hlbgpt {__version__} ({', '.join(_versions())})")
     elif first not in COMMANDS and not first.startswith("-"):
-        names = ", ".join(COMMANDS)
-        sys.stderr.write(f"hlbgpt: error: no command {first!r}; use one of {names}\n")
-        raise SystemExit(2)
+        raise InputError(f"no command {first!r}; use one of {', '.join(COMMANDS)}")
     else:
-        try:
+        with killed_by_signals("hlbgpt"):
             from hlbgpt.cli.main import main as run_command
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
         run_command(words)
 
 
 def _versions() -> list[str]:
+    from importlib.metadata import PackageNotFoundError, version  # takes a while, too
+
     found = ["Python {}.{}.{}".format(*sys.version_info[:3])]
     for package in ("torch", "lightning"):
         try:

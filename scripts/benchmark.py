@@ -14,7 +14,6 @@ import argparse
 import re
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from jobs import (
 
 from hlbgpt.runs.folder import RECORD, last_checkpoint
 from hlbgpt.runs.record import read_record
+from hlbgpt.utils.command import command
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write, write_json
 
@@ -183,34 +183,27 @@ def run(job: Job) -> BenchmarkRun:
     return replace(found, record=record)
 
 
+@command("benchmark.py", needs_output=False, advice="the same command resumes the benchmark")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     options, common = parse(words)
-    try:
-        jobs = make_jobs(options, common)
-        with output_folder(options.out):
-            for job in jobs:
-                job.require_usable()
-            runs = []
-            for k, job in enumerate(jobs, start=1):
-                print(f"[{k} of {len(jobs)}] {job.variant}, seed {job.seed}: ", end="", flush=True)
-                runs.append(run(job))
-                print(runs[-1].in_a_line(), flush=True)
-            results = summarize(runs, shlex.join(["python", "scripts/benchmark.py", *words]))
-            write_json(options.out / "results.json", results)
-            with atomic_write(options.out / "results.md") as path:
-                path.write_text(markdown(results), "utf-8")
-    except (InputError, OSError) as error:
-        sys.stderr.write(f"benchmark.py: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes the benchmark")
-        return 128 + signal.SIGINT
+    jobs = make_jobs(options, common)
+    with output_folder(options.out):
+        for job in jobs:
+            job.require_usable()
+        runs = []
+        for k, job in enumerate(jobs, start=1):
+            print(f"[{k} of {len(jobs)}] {job.variant}, seed {job.seed}: ", end="", flush=True)
+            runs.append(run(job))
+            print(runs[-1].in_a_line(), flush=True)
+        results = summarize(runs, shlex.join(["python", "scripts/benchmark.py", *words]))
+        write_json(options.out / "results.json", results)
+        with atomic_write(options.out / "results.md") as path:
+            path.write_text(markdown(results), "utf-8")
     print(f"\n{markdown(results)}\nwritten to {options.out}/results.md and results.json")
     return 1 if any(run.error for run in runs) else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -26,7 +26,8 @@ from hlbgpt.cli.main import build, one_line_errors, run
 from hlbgpt.data import TrainLoader
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
-from hlbgpt.utils.errors import InputError, require_positive
+from hlbgpt.utils.command import command
+from hlbgpt.utils.errors import require_positive
 from hlbgpt.utils.files import write_json
 from hlbgpt.utils.hardware import gpu_of, peak_memory
 
@@ -176,6 +177,7 @@ def measure(stage: str, words: Sequence[str], out: Path, repeat: int) -> Tables:
     return probe.found
 
 
+@command("gpu_measure.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one stage; returns the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -187,14 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
     parser.add_argument("--repeat", type=int, default=20, help="n of the times (default: 20)")
     options = parser.parse_args(words[:split])
-    try:
-        require_positive("--", repeat=options.repeat)
-        options.out.mkdir(parents=True, exist_ok=True)
-        found = measure(options.stage, words[split + 1 :], options.out, options.repeat)
-        write_json(options.out / MEASURED, found)
-    except (InputError, OSError) as error:
-        sys.stderr.write(f"gpu_measure.py: error: {error}\n")
-        return 2
+    require_positive("--", repeat=options.repeat)
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = measure(options.stage, words[split + 1 :], options.out, options.repeat)
+    write_json(options.out / MEASURED, found)
     return 0
 
 

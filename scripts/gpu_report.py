@@ -15,7 +15,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from jobs import (
 
 from hlbgpt.cli.main import build
 from hlbgpt.optim.schedules import plan_steps
+from hlbgpt.utils.command import command
 from hlbgpt.utils.errors import InputError
 
 CONFIGS = ("configs/speedrun.yaml", "configs/hlb041.yaml")
@@ -231,32 +231,25 @@ def parse(words: Sequence[str]) -> tuple[Report, list[str]]:
     return report, options.only
 
 
+@command("gpu_report.py", needs_output=False, advice="the same command goes on from here")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages and write the report; returns the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        report, only = parse(words)
-        with output_folder(report.out):
-            report = report.on_copies()
-            for stage in STAGES:  # broken ones are found before anything runs
-                if stage not in only:
-                    read_results(report.out, stage)
-            try:
-                stages = [stage for stage in STAGES if not only or stage in only]
-                failed = [run_stage(report, stage, again=stage in only) for stage in stages]
-            finally:
-                command = shlex.join(["python", "scripts/gpu_report.py", *words])
-                write_report(report.out, report.recipe.stem, report.rival.stem, command)
-                print(f"written to {report.out}/report.md")
-    except (InputError, OSError) as error:
-        sys.stderr.write(f"gpu_report.py: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
-        return 128 + signal.SIGINT
+    report, only = parse(words)
+    with output_folder(report.out):
+        report = report.on_copies()
+        for stage in STAGES:  # broken ones are found before anything runs
+            if stage not in only:
+                read_results(report.out, stage)
+        try:
+            stages = [stage for stage in STAGES if not only or stage in only]
+            failed = [run_stage(report, stage, again=stage in only) for stage in stages]
+        finally:
+            asked = shlex.join(["python", "scripts/gpu_report.py", *words])
+            write_report(report.out, report.recipe.stem, report.rival.stem, asked)
+            print(f"written to {report.out}/report.md")
     return 1 if any(failed) else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

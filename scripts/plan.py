@@ -6,9 +6,11 @@ Takes the arguments of `hlbgpt fit`. Trains nothing, downloads nothing and needs
 """
 
 import argparse
+import sys
 from math import prod
 
 from hlbgpt.planning import AUTO_TOKENS, BANDWIDTH, PRODUCTS, Plan, plan_run
+from hlbgpt.utils.command import command
 from hlbgpt.utils.hardware import GPU, GPUS, gpu_named, gpu_names
 
 PEAK, RATE = (" to ".join(f"{part:.0%}" for part in each) for each in (PRODUCTS, BANDWIDTH))
@@ -49,18 +51,16 @@ def _rounded(seconds: float) -> str:
     return f"{float(f'{seconds:.2g}'):,g}"  # two digits: it is an estimate
 
 
+@command("plan.py")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", help=f"one of {gpu_names()}; by default all of them")
     options, words = parser.parse_known_args()
-    try:
-        gpus = [gpu_named(options.gpu)] if options.gpu else list(GPUS)
-        print(report(plan_run(words), gpus))
-    except ValueError as error:
-        parser.exit(2, f"plan.py: error: {error}\n")
+    gpus = [gpu_named(options.gpu)] if options.gpu else list(GPUS)
+    print(report(plan_run(words), gpus))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,12 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-try:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-except ImportError:
-    raise SystemExit("the package matplotlib is missing; run pip install -e '.[plot]'") from None
+from matplotlib import rc_context  # pip install -e '.[plot]'
+from matplotlib.figure import Figure
 from run_curves import (
     AXES,
     SECONDS,
@@ -37,6 +33,7 @@ from run_curves import (
     group_by_variant,
 )
 
+from hlbgpt.utils.command import command
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 
@@ -252,6 +249,7 @@ def why_not_drawn(run: RunCurves) -> str:
     return "no validation loss yet; wait for the first one"
 
 
+@command("plot.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -265,28 +263,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.caption and not options.by:
         parser.error("--caption: stands below one panel; add --by tokens")
-    try:
-        if options.out.suffix.lower() not in FORMATS:
-            raise InputError(f"--out: {options.out} does not end in {', '.join(FORMATS)}")
-        found = find_runs(options.runs)
-        runs = [run for run in found if run.is_drawable]
-        if not runs:
-            raise InputError(f"{found[0].folder}: {why_not_drawn(found[0])}")
-        groups = group_by_variant(runs)
-        if len(groups) > MAX_GROUPS:
-            raise InputError(
-                f"{len(groups)} groups of runs are too many for a picture (at most {MAX_GROUPS}); "
-                "name fewer folders"
-            )
-        if options.by:
-            axis, caption = BY[options.by], options.caption
-            figure = draw_one(groups, axis, hlb_gpt=options.hlb_gpt, caption=caption)
-        else:
-            figure = draw(groups, hlb_gpt=options.hlb_gpt)
-        save_figure(figure, options.out)
-    except InputError as error:
-        sys.stderr.write(f"plot.py: error: {error}\n")
-        return 2
+    if options.out.suffix.lower() not in FORMATS:
+        raise InputError(f"--out: {options.out} does not end in {', '.join(FORMATS)}")
+    found = find_runs(options.runs)
+    runs = [run for run in found if run.is_drawable]
+    if not runs:
+        raise InputError(f"{found[0].folder}: {why_not_drawn(found[0])}")
+    groups = group_by_variant(runs)
+    if len(groups) > MAX_GROUPS:
+        raise InputError(
+            f"{len(groups)} groups of runs are too many for a picture (at most {MAX_GROUPS}); "
+            "name fewer folders"
+        )
+    if options.by:
+        axis, caption = BY[options.by], options.caption
+        figure = draw_one(groups, axis, hlb_gpt=options.hlb_gpt, caption=caption)
+    else:
+        figure = draw(groups, hlb_gpt=options.hlb_gpt)
+    save_figure(figure, options.out)
     if len(runs) < len(found):
         print(f"not drawn, without a finite validation loss: {len(found) - len(runs)}")
     print(f"written: {options.out}")

@@ -1,9 +1,11 @@
 """Search two settings with Optuna (`pip install optuna`): an example to copy and change."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from hlbgpt import fit
+from hlbgpt.utils.command import command
 from hlbgpt.utils.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def objective(trial: "optuna.Trial") -> float:
     return fit("configs/quickstart.yaml", SAME | trial.params).record["value"]
 
 
+@command("sweep.py")
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     try:
@@ -33,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,21 +1,27 @@
-"""Kill a training run again and again, resume it each time, and compare how it ends.
+"""Stop a training run again and again, resume it each time, and compare how it ends.
 
     python tests/crash_test.py --kills 100
 
 A short run is trained once without interruption. Then it is trained again and again, stopped at
-random moments, mostly by SIGKILL, which nothing can catch, and resumed with `--ckpt_path last`.
-After each stop the checkpoint must load and match its checksums; each run that gets to its end
-must have the weights, optimizer, clock and curves of the first. POSIX only.
+random moments, mostly by SIGKILL, which nothing can catch, also by other signals and by closing its
+terminal, and resumed with `--ckpt_path last`. Closing the pipe that takes its output must not stop
+it. After each stop the checkpoint must load and match its checksums; each run that gets to its end
+must have the weights, optimizer, clock and curves of the first. One stop in twenty hits
+scripts/benchmark.py instead, which is started again. POSIX only.
 """
 
 import argparse
+import contextlib
+import math
 import os
+import pty
 import random
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NoReturn
@@ -26,10 +32,21 @@ from hlbgpt.__main__ import main as hlbgpt
 from hlbgpt.runs import load_checkpoint
 from hlbgpt.runs.logger import HEADLINE, RESULT, scalars
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 RUN = Path("runs/quickstart/version_0")
 LAST = RUN / "checkpoints" / "last.ckpt"
-EXIT_CODES = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
+# How a run is stopped, how often, and its exit code if it ends by itself.
+TERMINAL, PIPE = "a closed terminal", "a closed pipe"
+STOPS = {
+    "SIGKILL": (8, None),
+    "SIGTERM": (1, 143),
+    "SIGINT": (1, 130),
+    "SIGHUP": (1, 129),
+    TERMINAL: (1, 129),
+    PIPE: (1, 141),
+}
 
 
 def arguments(text: Path, steps: int) -> list[str]:
@@ -60,24 +77,34 @@ def _write_text(folder: Path) -> Path:
     return folder
 
 
-def start(words: list[str], folder: Path) -> int:
-    """Run a command line in a process of its own; forked, which spares it the imports."""
-    child = os.fork()
+def start(
+    words: list[str], folder: Path, how: str = "", main: Callable[[list[str]], Any] = hlbgpt
+) -> tuple[int, int]:
+    """Run a command line in a process of its own; forked, which spares it the imports.
+
+    Returns its id, and the file from which its terminal or pipe is read; -1 if it has neither.
+    """
+    reader, writer = os.pipe() if how == PIPE else (-1, -1)
+    child, terminal = pty.fork() if how == TERMINAL else (os.fork(), -1)
     if child == 0:
-        _run(words, folder)
-    return child
+        _run(words, folder, main, 1 if how == TERMINAL else writer)
+    if writer != -1:
+        os.close(writer)
+    output = max(reader, terminal)
+    if output != -1:
+        os.set_blocking(output, False)
+    return child, output
 
 
-def _run(words: list[str], folder: Path) -> NoReturn:
+def _run(words: list[str], folder: Path, main: Callable[[list[str]], Any], out: int) -> NoReturn:
     code = 1
     torch.set_num_threads(1)  # so small a network trains no slower
     try:
         os.chdir(folder)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
+        os.dup2(log if out == -1 else out, 1)
         os.dup2(log, 2)
-        hlbgpt(words)
-        code = 0
+        code = main(words) or 0
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:
@@ -85,9 +112,16 @@ def _run(words: list[str], folder: Path) -> NoReturn:
         os._exit(code)
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """All that must not depend on how often a run was stopped."""
-    checkpoint = load_checkpoint(folder / LAST)
+def drain(output: int) -> None:
+    """Read what a process has printed, so that it need not wait."""
+    with contextlib.suppress(OSError):  # no more for now
+        while output != -1 and os.read(output, 65536):
+            pass
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that must not depend on how often the run in a folder was stopped."""
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
     return {
         "weights": checkpoint["state_dict"],
         "optimizer": checkpoint["optimizer_states"],
@@ -95,7 +129,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "step": checkpoint["global_step"],
         "loader": checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"],
         "hlbgpt": checkpoint["hlbgpt"],  # tokens, FLOPs, random state
-        "curves": curves(folder / RUN),
+        "curves": curves(run),
     }
 
 
@@ -129,50 +163,170 @@ def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
 
 
 class Crashes:
-    """Stops runs, and counts what happened."""
+    """Runs that are stopped, counted by what happened to them.
 
-    def __init__(self, words: list[str], seconds: float, seed: int) -> None:
-        self.words, self.seconds = words, seconds
+    Attributes:
+        whole: What the first run that was not stopped has left.
+        finished: How many runs have got to their end.
+        seconds: How long one takes, within which it is stopped; infinity to let it end.
+    """
+
+    def __init__(self, words: list[str], folder: Path, seed: int) -> None:
+        self.words, self.folder = words, folder
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
+        self.whole: dict[str, Any] = {}
+        self.finished, self.seconds = 0, math.inf
 
-    def stop_once(self, place: Path) -> bool:
-        """Start or resume the run in `place` and stop it after a while; True if it ended before."""
-        resumed = (place / LAST).is_file()
-        last = ["fit", "--ckpt_path", "last"]
-        clock = _train_seconds(place)
-        child = start(last if resumed else self.words, place)
-        signum = self.random.choices(
-            [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], weights=[8, 1, 1]
-        )[0]
+    @property
+    def place(self) -> Path:
+        """Where the run that is to be stopped is started."""
+        return self.folder / f"{type(self).__name__}_{self.finished}"
+
+    @property
+    def run(self) -> Path:
+        """The folder of that run."""
+        return self.place / RUN
+
+    def stop_once(self) -> bool:
+        """Start or resume the run and stop it after a while; True if it has ended."""
+        raise NotImplementedError
+
+    def stop(self, times: int) -> None:
+        """Stop runs so many times in all, and let the last one end."""
+        self.finish()
+        begun = time.monotonic()
+        self.finish()  # without tokenizing: that is the pace
+        self.seconds = time.monotonic() - begun
+        while times:
+            self.place.mkdir(exist_ok=True)
+            if self.stop_once():
+                self.compare()
+            else:
+                times -= 1
+        self.seconds = math.inf
+        self.finish()
+
+    def finish(self) -> None:
+        """Let the run get to its end."""
+        self.place.mkdir(exist_ok=True)
+        if not self.stop_once():
+            sys.exit(f"the run in {self.place} has not got to its end")
+        self.compare()
+
+    def compare(self) -> None:
+        """Exit unless the run has ended as the first one did."""
+        found = outcome(self.run)
+        self.whole = self.whole or found
+        if where := difference(self.whole, found):
+            sys.exit(f"{self.run} ended otherwise: {where}")
+        assert (self.run / "record.json").is_file()
+        assert len([path for path in self.run.parent.iterdir() if path.is_dir()]) == 1
+        self.finished += 1
+
+
+class RunCrashes(Crashes):
+    """`hlbgpt fit`, forked, and resumed with `--ckpt_path last`."""
+
+    def stop_once(self) -> bool:
+        resumed, clock = (self.place / LAST).is_file(), _train_seconds(self.place)
+        weights = [weight for weight, _ in STOPS.values()]
+        how = self.random.choices(list(STOPS), weights=weights)[0]
+        words = ["fit", "--ckpt_path", "last"] if resumed else self.words
+        child, output = start(words, self.place, how)
+        status = self._wait(child, output)
+        if status is None:
+            self.counts[f"hit by {how}"] += 1
+            self.counts["after a resume"] += resumed
+            if output == -1:
+                os.kill(child, getattr(signal, how))
+            else:
+                os.close(output)
+            status = os.waitpid(child, 0)[1]
+        elif output != -1:
+            os.close(output)
+        ended = (self.run / "record.json").exists()
+        self._check_code(how, status, ended)
+        if not ended:
+            self._check_after_stop(how)
+            assert _train_seconds(self.place) >= clock, "the clock went back"
+        return ended
+
+    def _wait(self, child: int, output: int) -> int | None:
+        """Wait until the run is to be stopped; the status if it ended before."""
         deadline = time.monotonic() + self.random.uniform(0, self.seconds)
         in_write = self.random.random() < 0.4  # then at the next checkpoint, in the middle of it
-        while time.monotonic() < deadline or (in_write and not _is_writing(place)):
-            if os.waitpid(child, os.WNOHANG)[0]:
-                return True
+        while time.monotonic() < deadline or (in_write and not _is_writing(self.place)):
+            drain(output)
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status
             time.sleep(0.0005)
-        os.kill(child, signum)
-        status = os.waitpid(child, 0)[1]
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            return True
-        self._check_after_stop(place, signum, status, resumed)
-        assert _train_seconds(place) >= clock, "the clock went back"
-        return False
+        return None
 
-    def _check_after_stop(self, place: Path, signum: int, status: int, resumed: bool) -> None:
-        name = signal.Signals(signum).name
-        self.counts[f"stopped by {name}"] += 1
-        self.counts["after a resume"] += resumed
-        if os.WIFEXITED(status) and (code := os.WEXITSTATUS(status)) != EXIT_CODES.get(signum):
-            sys.exit(f"exit code {code} after {name}:\n{(place / 'log.txt').read_text()}")
-        if _is_writing(place):
+    def _check_code(self, how: str, status: int, ended: bool) -> None:
+        """The exit code says what stopped the run, if it is not by SIGKILL."""
+        if how == "SIGKILL" and os.WIFSIGNALED(status):
+            return
+        code, allowed = os.waitstatus_to_exitcode(status), [STOPS[how][1]]
+        if ended:  # which its last words may not have told
+            allowed += [0, 2] if how == TERMINAL else [0]
+        if code not in allowed or (how == PIPE and not ended):
+            log = (self.place / "log.txt").read_text()
+            sys.exit(f"exit code {code} after {how}, in {self.place}:\n{log}")
+
+    def _check_after_stop(self, how: str) -> None:
+        if _is_writing(self.place):
             self.counts["while a checkpoint was written"] += 1
-        if (place / LAST).is_file():
-            load_checkpoint(place / LAST)  # raises unless it is whole
-        else:
-            self.counts["before the first checkpoint"] += 1
-            for run in (place / "runs").glob("*/version_*"):  # to be started anew
-                run.rename(place / f"without_checkpoint_{time.monotonic_ns()}")
+        if (self.place / LAST).is_file():
+            load_checkpoint(self.place / LAST)  # raises unless it is whole
+            return
+        self.counts["before the first checkpoint"] += 1
+        if how != "SIGKILL" and (self.place / "runs").exists():
+            sys.exit(f"{how} before the first step has left a folder in {self.place}")
+        for run in (self.place / "runs").glob("*/version_*"):  # to be started anew
+            run.rename(self.place / f"without_checkpoint_{time.monotonic_ns()}")
+
+
+class BenchmarkCrashes(Crashes):
+    """scripts/benchmark.py, whose run is a process of its own."""
+
+    @property
+    def run(self) -> Path:
+        return self.place / "out" / "quickstart" / "as_is" / "seed_0"
+
+    def stop_once(self) -> bool:
+        how = self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+        deadline = time.monotonic() + self.random.uniform(0, self.seconds)
+        child = self._start()
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended and self._is_over(status):
+                return True
+            child = self._start() if ended else child
+            time.sleep(0.01)
+        os.kill(child, how)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (-signal.SIGKILL, 128 + how, 0), f"exit code {code} after {how.name}"
+        self.counts[f"benchmark.py hit by {how.name}"] += 1
+        return (self.place / "out" / "results.json").exists()
+
+    def _start(self) -> int:
+        from benchmark import main  # needs scipy
+
+        words = ["--config", str(CONFIG), "--seeds=1", "--out=out", "--", *self.words[3:]]
+        return start(words, self.place, main=main)[0]
+
+    def _is_over(self, status: int) -> bool:
+        """Whether the benchmark has ended; else the run of an earlier one still goes on."""
+        if (code := os.waitstatus_to_exitcode(status)) == 0:
+            return True
+        log = (self.place / "log.txt").read_text()
+        if code != 2 or "still going on" not in log.splitlines()[-1]:
+            sys.exit(f"exit code {code} of benchmark.py:\n{log}")
+        self.counts["benchmark.py had to wait"] += 1
+        time.sleep(0.3)
+        return False
 
 
 def _train_seconds(place: Path) -> float:
@@ -192,32 +346,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
+    of_benchmark = options.kills // 20
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = arguments(_write_text(folder / "text"), options.steps)
-        (folder / "whole").mkdir()
-        for _ in range(2):  # the second time without tokenizing: that is the pace
-            begun = time.monotonic()
-            if os.waitpid(start(words, folder / "whole"), 0)[1]:
-                sys.exit((folder / "whole" / "log.txt").read_text())
-            seconds = time.monotonic() - begun
-        whole = outcome(folder / "whole")
-        crashes = Crashes(words, seconds, options.seed)
-        finished = stops = 0
-        while stops < options.kills:
-            place = folder / f"run_{finished}"
-            place.mkdir(exist_ok=True)
-            if not crashes.stop_once(place):
-                stops += 1
-                continue
-            if found := difference(whole, outcome(place)):
-                sys.exit(f"run {finished} ended otherwise: {found}")
-            assert (place / RUN / "record.json").is_file()
-            assert [path.name for path in (place / RUN).parent.iterdir()] == ["version_0"]
-            finished += 1
-        print(f"{stops} stops; {finished} runs got to their end, all of them equal")
-        print(", ".join(f"{count} {what}" for what, count in sorted(crashes.counts.items())))
-        print(f"an uninterrupted run takes {seconds:.1f} s")
+        runs = RunCrashes(words, folder, options.seed)
+        runs.stop(options.kills - of_benchmark)
+        benchmarks = BenchmarkCrashes(words, folder, options.seed)
+        benchmarks.whole = runs.whole
+        if of_benchmark:
+            benchmarks.stop(of_benchmark)
+    finished = runs.finished + benchmarks.finished
+    print(f"{options.kills} stops; {finished} runs got to their end, all of them equal")
+    counts = sorted((runs.counts + benchmarks.counts).items())
+    print(", ".join(f"{count} {what}" for what, count in counts))
 
 
 if __name__ == "__main__":

@@ -205,11 +205,8 @@ def test_parts_are_swapped_by_class_path(hlbgpt, tiny: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_every_option_is_explained(hlbgpt, capfd, command: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        hlbgpt(command, "--help")
-    assert stop.value.code == 0
-    out = " ".join(capfd.readouterr().out.split())
+def test_every_option_is_explained(hlbgpt, command: str) -> None:
+    out = " ".join(hlbgpt(command, "--help").split())
     for text in (
         ".target: Value at which the run stops.",
         "--data.cache_dir CACHE_DIR Folder for the token files.",

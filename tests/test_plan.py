@@ -42,7 +42,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-        script.main()
+        if code := script.main():
+            raise SystemExit(code)
         return capsys.readouterr().out
 
     return run

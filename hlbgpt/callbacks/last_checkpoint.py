@@ -11,12 +11,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch.nn.utils import get_total_norm
 
-from hlbgpt.callbacks.signals import Interrupted, Signals
+from hlbgpt.callbacks.signals import Signals
 from hlbgpt.runs.checkpoint_io import require_readable_states
 from hlbgpt.runs.folder import last_checkpoint, occupy, run_folder
 from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
+from hlbgpt.utils.command import Interrupted, stopped_by
 from hlbgpt.utils.errors import DivergedError, InputError
 
 
@@ -28,9 +29,9 @@ class LastCheckpoint(Checkpoint):
     a checkpoint is saved the training clock stands still; the record states the time that saving
     took.
 
-    SIGTERM, SIGINT (Ctrl-C) and, on SLURM, the signal that announces the end of the job let the
-    run finish its step, and the validation after it, then save and stop. A second one of the same
-    kind stops the run at once.
+    SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and, on SLURM, the signal that announces
+    the end of the job let the run finish its step, and the validation after it, then save and stop.
+    A second one of the same kind stops the run at once, unless it is SIGHUP.
 
     Training resumes exactly from these checkpoints because they are saved where Lightning's state
     is consistent: after a step without a validation, or after the validation. Add Lightning's
@@ -38,6 +39,9 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_minutes: Minutes between two checkpoints.
+
+    Attributes:
+        saved_step: Step of the last checkpoint that this process saved; -1 before the first.
     """
 
     def __init__(self, every_minutes: float = 5.0) -> None:
@@ -47,7 +51,7 @@ class LastCheckpoint(Checkpoint):
                 "minutes, such as 5"
             )
         self.every_minutes = every_minutes
-        self._saved_step, self._saved_at = -1, 0.0
+        self.saved_step, self._saved_at = -1, 0.0
         self._signals = Signals()
 
     # --- checks before training -----------------------------------------------------------------
@@ -92,7 +96,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last one; callbacks that average weights replace them for good in `on_train_end`."""
         assert isinstance(pl_module, LanguageModule)
-        if self._saved_step != trainer.global_step:
+        if self.saved_step != trainer.global_step:
             self._save(trainer, pl_module)
 
     on_train_end = on_train_epoch_end  # without a step there is no end of an epoch
@@ -120,7 +124,7 @@ class LastCheckpoint(Checkpoint):
         if running:
             module.clock.start()
         module.throughput.restart()
-        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def _require_finite_weights(self, trainer: L.Trainer, folder: Path) -> None:
         """Weights that are not finite never replace good ones."""
@@ -148,16 +152,16 @@ class LastCheckpoint(Checkpoint):
 
     def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signum = self._signals.received or signal.SIGTERM  # another rank may have got it
-        name, folder = signal.Signals(signum).name, run_folder(trainer)
+        stopped, folder = stopped_by(signum), run_folder(trainer)
         if trainer.sanity_checking or folder is None:
-            pl_module.print(f"stopped by {name} before the first step")
+            pl_module.print(f"{stopped} before the first step")
         else:
             pl_module.print(
-                f"stopped by {name} after step {trainer.global_step}; resume with: "
+                f"{stopped} after step {trainer.global_step}; resume with: "
                 f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}"
             )
             self._signals.requeue(folder)
-        raise Interrupted(signum)
+        raise Interrupted(signum, told=True)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

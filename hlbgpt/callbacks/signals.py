@@ -8,19 +8,15 @@ from typing import Any
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-
-class Interrupted(SystemExit):
-    """A signal stopped the run after its state was saved; the exit code is 128 + its number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
+from hlbgpt.utils.command import STOPS, Interrupted
 
 
 class Signals:
-    """Notes SIGTERM, SIGINT and, on SLURM, the signal that announces the end of the job.
+    """Notes SIGTERM, SIGINT, SIGHUP and, on SLURM, the signal that announces the end of the job.
 
     Replaces Lightning's handlers, which act in the middle of a step; Lightning itself puts the
-    earlier ones back when training ends. A second signal of the same kind stops the run at once.
+    earlier ones back when training ends. A second signal of the same kind stops the run at once,
+    except for SIGHUP, which a terminal that is closed sends twice.
 
     Attributes:
         received: The first signal that came; None if none came.
@@ -34,7 +30,7 @@ class Signals:
         """Begin to note signals; in the main thread only, because others get none."""
         if self._earlier or threading.current_thread() is not threading.main_thread():
             return
-        caught = [signal.SIGTERM, signal.SIGINT]
+        caught = [*STOPS]
         if SLURMEnvironment.detect():
             caught.append(signal.SIGUSR1)
         self.received = None
@@ -57,6 +53,6 @@ class Signals:
                 path.unlink()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.received == signum:
+        if self.received == signum and signum != getattr(signal, "SIGHUP", None):
             raise Interrupted(signum)
         self.received = self.received or signum

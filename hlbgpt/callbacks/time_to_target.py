@@ -5,12 +5,14 @@ from typing import Any, Literal
 import lightning as L
 
 from hlbgpt.callbacks.eta import fraction_done, in_words, seconds_to_target
+from hlbgpt.callbacks.last_checkpoint import LastCheckpoint
 from hlbgpt.callbacks.record import log_record, make_record, summary
 from hlbgpt.callbacks.target import Target
 from hlbgpt.runs.folder import RECORD, occupy, run_folder
+from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import Stopwatch, run_seconds, synchronize
-from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.errors import DivergedError, InputError
 from hlbgpt.utils.files import write_json
 
 
@@ -54,6 +56,7 @@ class TimeToTarget(Target):
         self._dropped_at: int | None = None  # step of a resume at which that did not count any more
         self._values: list[tuple[float, float]] = []  # seconds of training, monitored value
         self._record: dict[str, Any] | None = None
+        self._ended = False  # whether the last step is made
 
     # --- the clocks ---------------------------------------------------------------------------
 
@@ -66,7 +69,6 @@ class TimeToTarget(Target):
         pl_module.clock, pl_module.checkpoint_clock = self._train, self._checkpoint
         self._compile_seconds = pl_module.compile_seconds
         self._data = pl_module.train_loader.wait
-        self._record = None
         self._drop_other_measurement(trainer, pl_module)
         if self._last and self.is_met(self._last["value"]):
             self.reached = trainer.should_stop = True  # by the run that is resumed
@@ -103,26 +105,45 @@ class TimeToTarget(Target):
             pl_module.print(line.rstrip())
         pl_module.clock_due = True
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = True  # training is one epoch
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         synchronize(pl_module.device)
         self._train.stop()
         if self._record is None:
             self._publish(trainer, pl_module)
+        self._log(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the record last: a folder without record.json can be resumed."""
         assert isinstance(pl_module, LanguageModule)
-        if self._record is None:  # resumed with nothing left to do
+        if nothing_was_left := self._record is None:  # by the run that is resumed
             self._drop_other_measurement(trainer, pl_module)
             self.reached = self._last is not None and self.is_met(self._last["value"])
             self._publish(trainer, pl_module)
-        folder = run_folder(trainer)
-        if folder is not None and trainer.is_global_zero:
-            assert self._record is not None
-            record = {**self._record, "checkpoint_seconds": self._checkpoint.seconds}
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / RECORD, record)
+        self._write(trainer)
+        if nothing_was_left:
+            self._log(trainer)
+        self._record, self._ended = None, False  # the callback may fit once more
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """An error after the end of training, such as that of another callback, costs no record.
+
+        Before the last checkpoint is saved there is none, so that the run can be resumed.
+        """
+        assert isinstance(pl_module, LanguageModule)
+        savers = [c for c in callbacks_of(trainer) if isinstance(c, LastCheckpoint)]
+        saved = all(saver.saved_step == trainer.global_step for saver in savers)
+        if (self._ended or self._record) and saved and not isinstance(exception, DivergedError):
+            if self._record is None:
+                self._train.stop()
+                self._publish(trainer, pl_module)
+            self._write(trainer)
+        self._record, self._ended = None, False
 
     def clocks(self) -> dict[str, float]:
         """All clocks in seconds, with those of earlier processes of the run."""
@@ -163,7 +184,7 @@ class TimeToTarget(Target):
             self._last, self._values, self._dropped_at = None, [], trainer.global_step
 
     def _publish(self, trainer: L.Trainer, module: LanguageModule) -> None:
-        """Make the record; print and log it."""
+        """Make the record and print it."""
         if self._dropped_at == trainer.global_step:
             raise InputError(
                 f"time_to_target: the run has made all its steps, but its last validation was not "
@@ -182,5 +203,14 @@ class TimeToTarget(Target):
         }
         self._record = make_record(trainer, module, result, self.clocks())
         module.print(summary(self._record))
-        if run_folder(trainer) is not None and trainer.is_global_zero:
+
+    def _log(self, trainer: L.Trainer) -> None:
+        if run_folder(trainer) is not None and trainer.is_global_zero and self._record:
             log_record(trainer, self._record)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        folder = run_folder(trainer)
+        if folder is not None and trainer.is_global_zero and self._record:
+            record = {**self._record, "checkpoint_seconds": self._checkpoint.seconds}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / RECORD, record)

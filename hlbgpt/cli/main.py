@@ -3,10 +3,10 @@
 import contextlib
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -18,12 +18,14 @@ from torch.optim import Optimizer
 
 from hlbgpt.callbacks import TokenSchedule
 from hlbgpt.cli.lightning_cli import CLI
-from hlbgpt.cli.parser import UsageError, constructor_error, failed_callback, one_line
+from hlbgpt.cli.parser import UsageError, constructor_error, failed_callback
 from hlbgpt.cli.words import checked
 from hlbgpt.models import Network
 from hlbgpt.runs.config import config_name
 from hlbgpt.runs.folder import release_claim, remove_unused_folder
-from hlbgpt.utils.errors import DivergedError, InputError
+from hlbgpt.runs.logger import quiet_writers
+from hlbgpt.utils.command import output_optional
+from hlbgpt.utils.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def run(words: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
     path = list(sys.path)
     try:
         cli = _parse(words, callbacks)
-        cli.run()
+        with quiet_writers(), output_optional() if cli.subcommand == "fit" else nullcontext():
+            cli.run()
         return cli
     except BaseException:
         remove_unused_folder()
@@ -119,6 +122,9 @@ def _silence_lightning() -> None:
     # Optimization stays as Lightning means it where a batch is one micro-batch.
     warnings.filterwarnings("ignore", message=".*`LightningModule.optimizer_.*hooks will not be.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
+    # Says that a signal came, which we say ourselves.
+    connector = "lightning.pytorch.trainer.connectors.signal_connector"
+    logging.getLogger(connector).setLevel(logging.WARNING)
 
 
 def _is_wanted(entry: logging.LogRecord) -> bool:
@@ -127,20 +133,7 @@ def _is_wanted(entry: logging.LogRecord) -> bool:
     return not any(words in entry.getMessage() for words in unwanted)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what a user can put right ends in one line and exit code 2.
-
-    With HLBGPT_TRACEBACK=1 in the environment the traceback is shown.
-    """
-    try:
-        with one_line_errors():
-            run(sys.argv[1:] if arguments is None else arguments)
-    except (InputError, OSError, DivergedError) as error:
-        if os.environ.get("HLBGPT_TRACEBACK"):
-            raise
-        sys.stderr.write(f"hlbgpt: error: {one_line(error)}\n")
-        raise SystemExit(1 if isinstance(error, DivergedError) else 2) from None
-    except (SystemExit, KeyboardInterrupt) as stop:
-        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
-            raise SystemExit(128 + signal.SIGINT) from None
-        raise
+def main(words: Sequence[str]) -> None:
+    """Run a command; `hlbgpt.__main__` turns what this raises into a line and an exit code."""
+    with one_line_errors():
+        run(words)

@@ -11,7 +11,7 @@ from jsonargparse import set_dumper
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.errors import InputError, one_line
 
 # A setting of a class that may also be null: jsonargparse says why it is not a null, too.
 _OF_OPTIONAL_CLASS = re.compile(
@@ -59,11 +59,6 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         raise UsageError(f"{_shorter(one_line(message))} (see {command} --help)")
-
-
-def one_line(message: object) -> str:
-    """A message without line breaks and repeated spaces."""
-    return " ".join(str(message).split())
 
 
 def _shorter(message: str) -> str:

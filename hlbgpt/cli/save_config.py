@@ -60,16 +60,16 @@ class SaveConfig(SaveConfigCallback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace the settings of a run that continues with others, now that they are accepted.
-
-        From here on the run's folder is kept, however the run ends.
-        """
-        release_claim()
+        """Replace the settings of a run that continues with others, now that they are accepted."""
         self._log(trainer, pl_module)
         path = self._folder / CONFIG
         if trainer.is_global_zero and path.read_text(encoding="utf-8") != self._text:
             path.replace(path.with_name(f"config.until_step_{trainer.global_step}.yaml"))
             self._write(path)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """From here on the run's folder is kept, however the run ends."""
+        release_claim()
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give the settings to every logger; one that cannot take them does not stop the run."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from hlbgpt.cli.main import Built, build
 from hlbgpt.models import AdaptiveSoftmax, Network
-from hlbgpt.optim import parameter_groups
+from hlbgpt.optim.build import build_optimizer
 from hlbgpt.optim.schedules import plan_steps
 from hlbgpt.planning.counts import Work, WorkCounter
 from hlbgpt.training.checks import require_context
@@ -121,7 +121,7 @@ def measure(
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")  # the meta device has no autocast
         each = {shape: _micro_batch(net, shape, autocast) for shape in steps}
-        built = optimizer(parameter_groups(net))
+        built, _ = build_optimizer(net, optimizer, None)
         with WorkCounter() as counter:
             built.step()
     state = [value for values in built.state.values() for value in values.values()]

@@ -1,7 +1,9 @@
 """The TensorBoard logger: metrics in groups, losses by tokens, and settings to compare runs by."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -174,3 +177,22 @@ def scalars(folder: Path) -> dict[str, list[ScalarEvent]]:
 def tensorboard_loggers(loggers: list[Any]) -> list[TensorBoardLogger]:
     """The TensorBoard loggers among `loggers`, which can log text."""
     return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+@contextlib.contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Print no traceback of a thread in which TensorBoard writes: the run's next write raises it.
+
+    The disk may be full, for example.
+    """
+    show = threading.excepthook
+
+    def show_others(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__module__ != event_file_writer.__name__:
+            show(arguments)
+
+    threading.excepthook = show_others
+    try:
+        yield
+    finally:
+        threading.excepthook = show

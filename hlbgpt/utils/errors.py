@@ -1,4 +1,4 @@
-"""Exceptions whose message tells a user everything, and a check of sizes."""
+"""Exceptions whose message tells a user everything, in one line, and a check of sizes."""
 
 MOST_BATCH_TOKENS = 1 << 31  # a batch is made in memory, and so many tokens take 17 GB
 
@@ -15,6 +15,11 @@ class DivergedError(RuntimeError):
 
     The command line prints it without a traceback and exits with code 1.
     """
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks and repeated spaces."""
+    return " ".join(str(message).split())
 
 
 def require_positive(key: str, **sizes: int) -> None:
