@@ -7,10 +7,11 @@ from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import set_dumper
+from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from hlbgpt.runs.config import construct_yaml, require_plain_yaml
 from hlbgpt.utils.errors import InputError
 
 # A setting of a class that may also be null: jsonargparse says why it is not a null, too.
@@ -35,7 +36,17 @@ def _dump(settings: Any) -> str:
     )
 
 
+_load_as_jsonargparse_does = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """A value of the command line, a config file, or a file that either names."""
+    require_plain_yaml(text, "YAML")
+    return construct_yaml(text, _load_as_jsonargparse_does)
+
+
 set_dumper("yaml", _dump)
+set_loader("yaml", _load, exceptions=(yaml.YAMLError,))
 
 
 class UsageError(SystemExit):

@@ -4,8 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
+from hlbgpt.runs.config import load_yaml
 from hlbgpt.runs.folder import CONFIG, folder_of, last_checkpoint, newest_checkpoint
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import expand_path, require_regular
@@ -126,16 +125,11 @@ def _require_readable_configs(words: Sequence[str]) -> None:
             continue
         require_regular(path, "--config")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = load_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"--config {path}: not UTF-8 text at byte {error.start}; is it a config file?"
             ) from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or error
-            raise InputError(f"--config {path}: no YAML{where}: {problem}; mend it") from error
         if not isinstance(settings, dict):
             raise InputError(
                 f"--config {path}: holds no settings but {settings!r:.60}; write some as in the "
