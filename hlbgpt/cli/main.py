@@ -84,7 +84,7 @@ def _parse(
 ) -> CLI:
     # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last, so that no file there stands in for a library
     if words and words[0].startswith("--print_completion"):
         _offer_completion()
     return CLI(checked(words), callbacks, device)

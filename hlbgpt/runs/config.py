@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from hlbgpt.runs.folder import CONFIG
+from hlbgpt.runs.folder import CONFIG, folder_of
 from hlbgpt.utils.errors import InputError
 
 CONFIG_KEY = "hlbgpt_config"  # of the config within a checkpoint
@@ -143,6 +143,15 @@ def config_name(configs: list[Any] | None) -> str:
     return path.parents[1].name if path.name == CONFIG else path.stem
 
 
+def checkpoint_name(checkpoint: str | Path) -> str:
+    """The name of a run that takes its settings from `checkpoint`: that of the checkpoint's run.
+
+    A checkpoint that lies in no run's folder gives its own name.
+    """
+    folder = folder_of(checkpoint)
+    return folder.resolve().parent.name if (folder / CONFIG).is_file() else Path(checkpoint).stem
+
+
 def changed_settings(stored: str, now: str) -> list[str]:
     """Compare the YAML configs of a checkpoint and of the run that resumes it.
 
@@ -200,5 +209,5 @@ def hparams(config: str) -> dict[str, bool | int | float | str]:
 def text_settings(config: str) -> dict[str, Any]:
     """The settings of a config in YAML that name the text and its tokens."""
     keys = ("data.source", "data.tokenizer", "data.special_tokens")
-    settings = flat_settings(yaml.safe_load(config) or {})
+    settings = flat_settings(load_yaml(config, "the settings") or {})
     return {key: value for key, value in settings.items() if key.startswith(keys)}

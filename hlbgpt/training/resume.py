@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hlbgpt.data import TokenDataModule
+from hlbgpt.runs.checkpoint_schema import TRAINING, require_entries
 from hlbgpt.utils.errors import InputError
 
 KEY = "hlbgpt"  # of this project's part of a checkpoint
@@ -116,6 +117,7 @@ def require_training_state(checkpoint: dict[str, Any]) -> None:
             "ckpt_path: the checkpoint holds weights only, without the state to go on training "
             "from; use one saved during `fit` (last.ckpt)"
         )
+    require_entries(checkpoint, TRAINING, "ckpt_path: the checkpoint")
 
 
 def require_steps_left(checkpoint: dict[str, Any], max_steps: int, max_tokens: int | None) -> None:
