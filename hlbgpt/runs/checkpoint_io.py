@@ -3,7 +3,7 @@
 import io
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,14 +156,32 @@ def stored_settings(path: str | Path) -> str:
 
 def require_matching_weights(module: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
     """Raise InputError unless the checkpoint called `name` has the weights of this module."""
-    theirs, ours = (
-        {key: tuple(value.shape) for key, value in state.items()}
-        for state in (checkpoint["state_dict"], module.state_dict())
-    )
-    for key in sorted(theirs.keys() | ours.keys()):
-        stored, expected = theirs.get(key, "missing"), ours.get(key, "missing")
-        if stored != expected:
-            raise InputError(
-                f"ckpt_path: {name} is of another network: {key} is {stored} in the checkpoint "
-                f"and {expected} in the network; use the config of the checkpoint's run"
-            )
+    if problem := other_weights(module, checkpoint["state_dict"]):
+        raise InputError(
+            f"ckpt_path: {name} is of another network: {problem}; use the config of the "
+            "checkpoint's run"
+        )
+
+
+def other_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The first of `weights` that is not one of this module, and how it differs; None if all are.
+
+    Weights may have another precision than the module, but integers are no fractions.
+    """
+    own = module.state_dict()
+    for key in sorted(weights.keys() | own.keys()):
+        stored, expected = weights.get(key), own.get(key)
+        if stored is None or expected is None or stored.shape != expected.shape:
+            found = [_shape(stored), _shape(expected)]
+        elif stored.dtype != expected.dtype and not (
+            stored.is_floating_point() and expected.is_floating_point()
+        ):
+            found = [str(tensor.dtype).removeprefix("torch.") for tensor in (stored, expected)]
+        else:
+            continue
+        return f"{key} is {found[0]} in the checkpoint and {found[1]} in the network"
+    return None
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))

@@ -51,8 +51,8 @@ def limited_size(weights: Mapping[str, Tensor], name: str) -> Iterator[None]:
         values -= tensor.numel() if isinstance(tensor, Tensor) else 0
         if tensors < 0 or values < 0:
             raise InputError(
-                f"{name} is of another network: its settings describe one that is much larger "
-                "than its weights; use the config of the checkpoint's run"
+                f"{name} is of another network: the settings describe one that is much larger than "
+                "its weights; use weights and settings of one run"
             )
 
     with (
