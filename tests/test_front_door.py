@@ -344,7 +344,6 @@ def test_measuring_needs_a_checkpoint(hlbgpt, tiny: list[str], capfd, command: s
     Path("a.ckpt").write_text("x")
     message = error_of(hlbgpt, capfd, command, "--ckpt_path=a.ckpt")
     assert "a.ckpt' is incomplete, is no checkpoint, or contains code" in message
-    assert "add --config with the settings of its run" in message
 
 
 # --- from Python ----------------------------------------------------------------------------------

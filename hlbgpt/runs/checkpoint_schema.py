@@ -7,6 +7,7 @@ made to do harm would end in a traceback far from the cause, or not end at all.
 import random
 import re
 import reprlib
+import textwrap
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ AMOUNT = Kind(
     "a finite number from 0 on",
     lambda value: _is_number(value) and 0 <= value < _MAX_AMOUNT,
 )
+RATE = Kind("a rate", lambda value: isinstance(value, Tensor) or AMOUNT.accepts(value))
 NUMBER = Kind("a number", _is_number)  # of a loss, which need not be finite
 PAIR = Kind(
     "a pair of numbers",
@@ -85,15 +87,15 @@ NUMPY_STATE = Kind(
     "a state of NumPy's random numbers",
     lambda value: _loads(lambda: np.random.RandomState().set_state(tuple(value))),
 )
-PROGRESS = Kind("counts, true or false by their names", lambda value: _is_progress(value))
+PROGRESS = Kind("a dict of counts", lambda value: isinstance(value, dict) and _is_progress(value))
 
 
 def _is_progress(value: Any) -> bool:
     """Whether a value is that of a loop's progress, whatever its parts are called."""
     if isinstance(value, dict):
         return all(map(_is_progress, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_progress, value))
+    if isinstance(value, list):  # of loaders
+        return all(isinstance(item, dict) and _is_progress(item) for item in value)
     return FLAG.accepts(value) or COUNT.accepts(value)
 
 
@@ -148,9 +150,16 @@ _SCHEMA: dict[str, Any] = {
     "pytorch-lightning_version": VERSION,
     "epoch": COUNT,
     "global_step": COUNT,
-    "loops": {"fit_loop": PROGRESS},
+    "loops": {
+        "fit_loop": {
+            "epoch_loop.automatic_optimization.optim_progress": PROGRESS,  # has the global step
+            "epoch_loop.batch_progress": PROGRESS,
+            "epoch_progress": PROGRESS,
+            "state_dict": PROGRESS,  # of the loader
+        }
+    },
     "callbacks": STATE,
-    "optimizer_states": [{"state": STATE, "param_groups": [{"params": [COUNT]}]}],
+    "optimizer_states": [{"state": STATE, "param_groups": [{"params": [COUNT], "lr": RATE}]}],
     "lr_schedulers": [STATE],
     "hlbgpt_config": TEXT,
     "hlbgpt": _OWN,
@@ -171,6 +180,7 @@ def check_checkpoint(checkpoint: Any, name: str) -> None:
     _require_modest({key: value for key, value in checkpoint.items() if key != "state_dict"}, name)
     for key in [key for key in _SCHEMA if key in checkpoint]:
         _check(checkpoint[key], _SCHEMA[key], key, name)
+    _check(checkpoint.get("loops", {}), PROGRESS, "loops", name)
     for key, state in checkpoint.get("callbacks", {}).items():
         kind = str(key).partition("(")[0]  # the rest tells several of a kind apart
         _check(state, _CALLBACKS.get(kind, STATE), f"callbacks.{key}", name)
@@ -186,26 +196,29 @@ def require_entries(checkpoint: dict[str, Any], keys: Collection[str], name: str
 def _check(value: Any, expected: Any, key: str, name: str) -> None:
     if isinstance(expected, Kind):
         if not expected.accepts(value):
-            raise _error(name, key, f"is {reprlib.repr(value)}, not {expected.name}")
+            raise _error(name, key, f"is {_short(value)}, not {expected.name}")
     elif isinstance(expected, tuple):
         if value is not None:
             _check(value, expected[1], key, name)
     elif isinstance(expected, list):
         if not isinstance(value, (list, tuple)):
-            raise _error(name, key, f"is {reprlib.repr(value)}, not a list")
+            raise _error(name, key, f"is {_short(value)}, not a list")
         for number, item in enumerate(value):
             _check(item, expected[0], f"{key}.{number}", name)
     else:
         if not isinstance(value, dict):
-            raise _error(name, key, f"is {reprlib.repr(value)}, not a dict")
+            raise _error(name, key, f"is {_short(value)}, not a dict")
         for part, kind in expected.items():
             if part not in value:
                 raise _error(name, f"{key}.{part}", "is missing")
             _check(value[part], kind, f"{key}.{part}", name)
 
 
+def _short(value: Any) -> str:
+    return textwrap.shorten(reprlib.repr(value), 80)
+
+
 def _error(name: str, key: str, problem: str) -> InputError:
-    problem = " ".join(problem.split())
     return InputError(
         f"{name} is damaged or no checkpoint of hlbgpt: {key} {problem}; use another checkpoint"
     )
