@@ -5,6 +5,7 @@ settings stored in it may name classes of hlbgpt, torch and lightning, of the ki
 are for, and nothing else that could be imported.
 """
 
+import functools
 import inspect
 import os
 import pkgutil
@@ -129,6 +130,7 @@ def _allowed_class(path: Any) -> type | None:
     return found if names & _KINDS else None
 
 
+@functools.cache
 def _annotations(made: Any) -> dict[str, Any]:
     """The types of a class's arguments; none if they cannot be told, so that all are looked at."""
     try:
