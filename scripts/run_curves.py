@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 
-from hlbgpt.runs.config import flat_settings
+from hlbgpt.runs.config import flat_settings, load_yaml
 from hlbgpt.runs.folder import CONFIG, RECORD
 from hlbgpt.runs.logger import scalars, tag, tag_by_tokens
 from hlbgpt.runs.record import NUMBER, read_record
@@ -20,7 +19,6 @@ from hlbgpt.utils.errors import InputError
 TOKENS, STEPS, SECONDS = AXES = ("million tokens", "steps", "seconds of training")
 EVENTS = "events.out.tfevents.*"
 TARGET = "time_to_target.init_args"
-MAX_SETTINGS = 100_000  # of a run; nested aliases in YAML could stand for billions
 # Settings that may differ between runs of one experiment: the seed, and where files are.
 NOT_COMPARED = re.compile(
     r"seed_everything|ckpt_path|data\.cache_dir|trainer\.(default_root_dir|logger)(\..*)?"
@@ -115,29 +113,17 @@ def read_run(folder: Path, name: str = "") -> RunCurves:
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of a run's config.yaml by dotted keys; raises InputError if it is broken."""
     try:
-        config = yaml.safe_load(path.read_bytes().decode())
-        size = _expanded_size(config, {})
-    except Exception as error:  # PyYAML raises many kinds, such as KeyError for `!!bool maybe`
+        config = load_yaml(path.read_bytes().decode(), "YAML")
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: cannot be read: {reason}; restore it") from error
-    if not isinstance(config, dict) or size > MAX_SETTINGS:
-        what = f"{size:,} settings" if isinstance(config, dict) else f"{config!r:.50}"
-        raise InputError(f"{path}: holds {what}, so it is no config of a run; restore it")
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds {config!r:.50}, so it is no config of a run; restore it")
     settings = flat_settings(config)
     target = settings.get(f"{TARGET}.target")
     if target is not None and type(target) not in (int, float):
         raise InputError(f"{path}: {TARGET}.target: {target!r:.50} is not a number; restore it")
     return settings
-
-
-def _expanded_size(value: Any, known: dict[int, int]) -> int:
-    """How many settings a config has, counting what aliases stand for each time."""
-    if not isinstance(value, (dict, list)):
-        return 1
-    if id(value) not in known:
-        inner = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_expanded_size(item, known) for item in inner)
-    return known[id(value)]
 
 
 def _curve(events: Sequence[ScalarEvent], x: str = "step", scale: float = 1.0) -> Curve:

@@ -130,6 +130,19 @@ def hlbgpt(
             del sys.modules[name]
 
 
+@pytest.fixture(scope="session")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a finished run of the tiny network, for tests that only read it."""
+    place = tmp_path_factory.mktemp("trained")
+    source = ["--data.source=hlbgpt.data.TextFiles", f"--data.source.folder={folder}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("HLBGPT_RUN_FOLDER", raising=False)
+        patch.delenv("PL_GLOBAL_SEED", raising=False)
+        main(["fit", *QUICKSTART, *source, f"--data.cache_dir={place}/cache", *TINY])
+    return place / LAST
+
+
 @pytest.fixture
 def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace and differentiate as torch.compile does, without generating code."""

@@ -34,7 +34,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
         "from hlbgpt.__main__ import main; main()"
     )
-    command = [sys.executable, "-c", code, "fit", "--ckpt_path", str(LAST)]
+    command = [sys.executable, "-c", code, "fit", "--trust", "--ckpt_path", str(LAST)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
@@ -43,7 +43,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert "Traceback" not in done.stderr
     assert LAST.read_bytes() == before
     assert [path.name for path in LAST.parent.iterdir()] == ["last.ckpt"]
-    hlbgpt("fit", "--ckpt_path", LAST)
+    hlbgpt("fit", "--trust", "--ckpt_path", LAST)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
@@ -65,7 +65,7 @@ def test_a_failed_write_keeps_the_previous_checkpoint(
     monkeypatch.setattr(checkpoint_io, "_save", failing)
     with pytest.raises(InputError, match="; the previous checkpoint is kept; "):
         plugin.save_checkpoint({"state_dict": {}, "global_step": 4}, path)
-    assert plugin.load_checkpoint(path)["global_step"] == 2
+    assert load_checkpoint(path)["global_step"] == 2
     assert list(path.parent.iterdir()) == [path]
 
 

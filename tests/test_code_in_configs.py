@@ -12,6 +12,16 @@ from test_readme import DOCUMENTS
 from hlbgpt.cli.lightning_cli import CLI
 
 
+def importing_settings() -> list[str]:
+    """The settings that import what they name, as the README says."""
+    (sentence,) = re.findall(
+        r"These settings import what they name:(.*?)\.\n",
+        DOCUMENTS["hlbgpt/runs/README.md"],
+        re.DOTALL,
+    )
+    return re.findall(r"`([\w.]+)`", sentence)
+
+
 def fit_parser(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The parser of `hlbgpt fit`, taken before it parses."""
     made: list[Any] = []
@@ -47,9 +57,4 @@ def test_the_readme_names_every_setting_that_can_import_code(
         if Path(f"{name}.ran").exists():
             found.add(key)
         sys.modules.pop(name, None)
-    (sentence,) = re.findall(
-        r"These settings import what they name:(.*?)\.\n",
-        DOCUMENTS["hlbgpt/runs/README.md"],
-        re.DOTALL,
-    )
-    assert found == set(re.findall(r"`([\w.]+)`", sentence))
+    assert found == set(importing_settings())

@@ -42,7 +42,7 @@ def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) 
     stopped = hlbgpt("fit", *QUICKSTART, *tiny, *two, "--trainer.callbacks+=mine.Signal", *sends)
     assert stopped.returncode == 143, stopped.stderr
     assert "stopped by SIGTERM after step 5; resume with: " in stopped.stdout
-    resumed = hlbgpt("fit", "--ckpt_path", "last")
+    resumed = hlbgpt("fit", "--ckpt_path", "last", "--trust")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in (tmp_path / RUN).parent.iterdir()] == ["version_0"]
     ours, theirs = (

@@ -115,6 +115,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
     assert code == 128 + getattr(signal, name)
     captured = capfd.readouterr()
     line = f"stopped by {name} after step {step}; resume with: hlbgpt fit --ckpt_path {LAST}"
+    line += " --trust"  # of mine.Signal
     assert captured.out.splitlines()[-1] == line
     assert "Traceback" not in captured.err
     assert load_checkpoint(LAST)["global_step"] == step
@@ -212,7 +213,7 @@ def test_differences_from_the_checkpoint_are_named(hlbgpt, tiny: list[str], capf
     extra = signalled("SIGTERM", "on_train_batch_start", 5)
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
     lower = ["--model.lr_scheduler.max_lr=1e-4", "--model.optimizer.weight_decay=0.7"]
-    out = hlbgpt("fit", "--ckpt_path", "last", *lower, "--data.micro_batch_size=3")
+    out = hlbgpt("fit", "--ckpt_path", "last", "--trust", *lower, "--data.micro_batch_size=3")
     named = [line for line in out.splitlines() if line.startswith("resume: ")]
     for difference in (
         "model.optimizer.init_args.weight_decay: 0.1 in the checkpoint, 0.7 now; "
@@ -257,9 +258,9 @@ def test_a_run_that_is_going_on_is_left_alone(hlbgpt, tiny: list[str], capfd) ->
     extra = signalled("SIGTERM", "on_train_batch_start", 5)
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
     with exclusive(RUN):
-        message = error_of(hlbgpt, capfd, "fit", "--ckpt_path", "last")
+        message = error_of(hlbgpt, capfd, "fit", "--ckpt_path", "last", "--trust")
     assert f"the run in {RUN} is still going on in another process" in message
-    hlbgpt("fit", "--ckpt_path", "last")
+    hlbgpt("fit", "--ckpt_path", "last", "--trust")
 
 
 def test_a_run_killed_before_its_record_gets_one(hlbgpt, tiny: list[str]) -> None:

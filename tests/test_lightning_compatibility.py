@@ -160,7 +160,7 @@ CALLBACKS = [
         "BasePredictionWriter",
         cb("mine.WriteTexts", write_interval="batch"),
         effect=lambda run: (
-            run.hlbgpt("predict", "--ckpt_path=last", "--data.prompts=The ").strip()
+            run.hlbgpt("predict", "--ckpt_path=last", "--trust", "--data.prompts=The ").strip()
             == Path("texts.txt").read_text().strip()
         ),
     ),

@@ -184,10 +184,10 @@ GPT_CONFIG = {
     [
         (None, "not a safetensors file or folder with the settings of its network"),
         ({"class_path": "os.system"}, "not a subclass of"),
-        ({"class_path": 3}, "cannot build"),
-        ({"class_path": "no.such"}, "No module named 'no'"),
+        ({"class_path": 3}, "not the class_path module.Class"),
+        ({"class_path": "no.such"}, r"not imported; if you trust it, allow it: allow=\['no'\]"),
         ({"tokenizer": "klingon"}, "unknown tokenizer 'klingon'; there are bytes, gpt2, .*o200k"),
-        ({}, "cannot build.*GPT"),
+        ({}, "its weights are not those of its network"),
         ({"init_args": {"depth": 1}}, "cannot build.*GPT.*depth"),
     ],
 )

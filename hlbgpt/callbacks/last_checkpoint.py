@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from hlbgpt.callbacks.signals import Signals
 from hlbgpt.runs.checkpoint_io import require_readable_states
 from hlbgpt.runs.folder import last_checkpoint, occupy, run_folder
+from hlbgpt.runs.trust import trust_flag
 from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.clock import synchronize
@@ -158,7 +159,7 @@ class LastCheckpoint(Checkpoint):
         else:
             pl_module.print(
                 f"{stopped} after step {trainer.global_step}; resume with: "
-                f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}"
+                f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}{trust_flag(folder)}"
             )
             self._signals.requeue(folder)
         raise Interrupted(signum, told=True)

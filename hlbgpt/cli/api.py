@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lightning as L
-import yaml
 
 from hlbgpt.cli.main import one_line_errors, run
 from hlbgpt.cli.run_callbacks import as_list
 from hlbgpt.generation import PretrainedModel
+from hlbgpt.runs.config import load_yaml
 from hlbgpt.runs.folder import CONFIG, RECORD, run_folder
 from hlbgpt.runs.record import read_record
 from hlbgpt.utils.clock import begin_run
@@ -57,7 +57,8 @@ def fit(
     folder = run_folder(cli.trainer)
     if folder is None:
         raise InputError("trainer.fast_dev_run: it keeps no run to return; leave it out")
-    used = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    path = folder / CONFIG
+    used = load_yaml(path.read_text(encoding="utf-8"), str(path))
     net = cli.model.net.to("cpu").eval()
     data = cli.datamodule
     model = PretrainedModel(net, data.tokenizer, used["model"]["net"], data.special_tokens)

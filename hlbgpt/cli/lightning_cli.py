@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from hlbgpt.cli.run_callbacks import (
     without_unused,
 )
 from hlbgpt.cli.save_config import SaveConfig, as_yaml
-from hlbgpt.cli.words import find_last, no_checkpoint, require_file
+from hlbgpt.cli.words import TRUST, find_last, no_checkpoint, require_file
 from hlbgpt.data import TokenDataModule
+from hlbgpt.models import Network
 from hlbgpt.runs import RunLogger, load_checkpoint, require_matching_weights
-from hlbgpt.runs.config import CONFIG_KEY, changed_settings, config_name
+from hlbgpt.runs.checkpoint_schema import RESTORED, require_entries
+from hlbgpt.runs.config import CONFIG_KEY, changed_settings, checkpoint_name, config_name
 from hlbgpt.runs.folder import (
     RUNS,
     claim_folder,
@@ -39,6 +42,8 @@ from hlbgpt.runs.folder import (
     require_unused,
     run_folder,
 )
+from hlbgpt.runs.sizes import build_for_weights
+from hlbgpt.runs.trust import trust_flag
 from hlbgpt.training import checks, resume
 from hlbgpt.training.module import LanguageModule
 from hlbgpt.utils.errors import InputError
@@ -110,6 +115,14 @@ class CLI(LightningCLI):
             default=None,
             help="Name of the run's folder, runs/NAME/version_N; that of the config by default.",
         )
+        # For the help only: `checked` takes it out of the words.
+        parser.add_argument(
+            TRUST,
+            action="store_true",
+            default=SUPPRESS,
+            help="Run the classes that the settings in the checkpoint of --ckpt_path name. Without "
+            "it, only those of hlbgpt, torch and lightning are taken from a checkpoint.",
+        )
         add_run_callbacks(parser)
 
     def _parse_ckpt_path(self) -> None:
@@ -148,7 +161,13 @@ class CLI(LightningCLI):
     @property
     def run_name(self) -> str:
         """Names the run's folder: `run_name`, or the name of the config."""
-        return self.settings.run_name or config_name(self.settings.get("config"))
+        settings = self.settings
+        if settings.run_name:
+            return str(settings.run_name)
+        configs = settings.get("config")
+        if configs == [None]:  # the settings come from the checkpoint
+            return checkpoint_name(settings.ckpt_path)
+        return config_name(configs)
 
     def _find_checkpoint(self) -> None:
         """Turn `ckpt_path` into the path of a file, and read the file."""
@@ -163,6 +182,7 @@ class CLI(LightningCLI):
             return
         self.checkpoint_path = require_file(settings.ckpt_path)
         self.checkpoint = load_checkpoint(settings.ckpt_path)
+        require_entries(self.checkpoint, RESTORED, f"ckpt_path: {settings.ckpt_path!r}")
         if self.subcommand == "fit":
             resume.require_training_state(self.checkpoint)
 
@@ -187,6 +207,9 @@ class CLI(LightningCLI):
     def _construct(self, made: type, *arguments: Any, **settings: Any) -> Any:
         """Build a class; its error is kept, since jsonargparse may hide it behind its own."""
         try:
+            if self.checkpoint and isinstance(made, type) and issubclass(made, Network):
+                weights, name = self.checkpoint["state_dict"], f"ckpt_path: {self.checkpoint_path}"
+                return build_for_weights(made, weights, name, **settings)
             return made(*arguments, **settings)
         except Exception as error:
             self._refused = self._refused or constructor_error(error, made)
@@ -278,7 +301,8 @@ class CLI(LightningCLI):
                 logs = RUNS if RUNS in folder.parents else folder
                 print(f"curves: tensorboard --logdir {logs}")
             if (checkpoint := last_checkpoint(folder)).is_file():
-                print(f"text: hlbgpt predict --ckpt_path {checkpoint} --data.prompts 'The '")
+                words = f"--ckpt_path {checkpoint}{trust_flag(folder)} --data.prompts 'The '"
+                print(f"text: hlbgpt predict {words}")
 
 
 def _same(folder: Path, other: Path) -> bool:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from hlbgpt.callbacks import TokenSchedule
 from hlbgpt.cli.lightning_cli import CLI
-from hlbgpt.cli.parser import UsageError, constructor_error, failed_callback
+from hlbgpt.cli.parser import UsageError, library_error
 from hlbgpt.cli.words import checked
 from hlbgpt.models import Network
 from hlbgpt.runs.config import config_name
@@ -87,7 +87,7 @@ def _parse(
 ) -> CLI:
     # Classes in a file of the current folder can be named in `class_path`, as `file.Class`.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last, so that no file there stands in for a library
     if words and words[0].startswith("--print_completion"):
         _offer_completion()
     return CLI(checked(words), callbacks, device)
@@ -109,11 +109,12 @@ def one_line_errors() -> Iterator[None]:
         raise InputError(error.message) from None
     except MisconfigurationException as error:
         raise InputError(one_line(error)) from error
+    except (InputError, OSError, DivergedError):
+        raise  # a line already
     except Exception as error:
-        # Those of Lightning say what they lack; those of a user's own show where they failed.
-        if (callback := failed_callback(error)) is None:
+        if (line := library_error(error)) is None:
             raise
-        raise constructor_error(error, type(callback)) from error
+        raise line from error
 
 
 def _silence_lightning() -> None:

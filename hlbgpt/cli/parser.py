@@ -1,16 +1,20 @@
 """The argument parser, whose errors are one line."""
 
 import re
+import textwrap
 import traceback
 from enum import Enum
 from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import set_dumper
+from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from hlbgpt.runs.config import construct_yaml, require_plain_yaml
 from hlbgpt.utils.errors import InputError, one_line
 
 # A setting of a class that may also be null: jsonargparse says why it is not a null, too.
@@ -18,6 +22,14 @@ _OF_OPTIONAL_CLASS = re.compile(
     r'Parser key "(?P<key>\S+)": Does not validate against any of the Union subtypes .*?'
     r"- Problem with given class_path '\S+': (Parser key \"(?P<setting>\S+)\": )?(?P<problem>.*)"
     r" - Expected a <class 'NoneType'> Given value type: .*"
+)
+
+# Frames of a traceback: packages whose own errors become a line, and what restores a checkpoint.
+_LIBRARIES = ("lightning", "torch")
+_RESTORING = (
+    "_restore_modules_and_callbacks",
+    "restore_training_state",
+    "_load_combined_loader_states",
 )
 
 
@@ -35,7 +47,17 @@ def _dump(settings: Any) -> str:
     )
 
 
+_load_as_jsonargparse_does = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """A value of the command line, a config file, or a file that either names."""
+    require_plain_yaml(text, "YAML")
+    return construct_yaml(text, _load_as_jsonargparse_does)
+
+
 set_dumper("yaml", _dump)
+set_loader("yaml", _load, exceptions=(yaml.YAMLError,))
 
 
 class UsageError(SystemExit):
@@ -80,13 +102,31 @@ def constructor_error(error: BaseException, made: type | None = None) -> InputEr
     return InputError(f"{where}{type(error).__name__}: {message}")
 
 
-def failed_callback(error: BaseException) -> L.Callback | None:
-    """The callback of Lightning's that raised `error`; None if other code than libraries did."""
-    found = None
+def library_error(error: BaseException) -> InputError | None:
+    """The line for an error that libraries raise for what they were given; None for others.
+
+    These are errors while a checkpoint is restored, and of libraries' callbacks, optimizers and
+    schedules. Those of a user's own show where they failed.
+    """
+    found: object = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        here = frame.f_locals.get("self")
-        if isinstance(here, L.Callback):
+        module, here = frame.f_globals["__name__"], frame.f_locals.get("self")
+        if module.startswith("lightning.") and frame.f_code.co_name in _RESTORING:
+            return InputError(
+                f"ckpt_path: a state in the checkpoint cannot be restored ({_named(error)}); it is "
+                "damaged, or of other classes or versions; use another checkpoint"
+            )
+        if isinstance(here, (L.Callback, Optimizer, LRScheduler)):
             found = here
-        if frame.f_globals["__name__"].partition(".")[0] not in ("lightning", "torch"):
+        if module.partition(".")[0] not in _LIBRARIES and not module.startswith("hlbgpt.optim."):
             found = None
-    return found
+    if isinstance(found, (Optimizer, LRScheduler)):
+        return InputError(
+            f"{type(found).__name__}: {_named(error)}; its settings or, in a resumed run, its "
+            "state in the checkpoint do not fit; change them, or use another checkpoint"
+        )
+    return constructor_error(error, type(found)) if found is not None else None
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"

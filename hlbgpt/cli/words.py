@@ -1,34 +1,39 @@
-"""The words of a command line before they are parsed: checks, and the saved config of a run."""
+"""The words of a command line before they are parsed: checks, and the settings in a checkpoint."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
-from hlbgpt.runs.folder import CONFIG, folder_of, last_checkpoint, newest_checkpoint
+from hlbgpt.runs.checkpoint_io import stored_settings
+from hlbgpt.runs.config import load_yaml
+from hlbgpt.runs.folder import last_checkpoint, newest_checkpoint
+from hlbgpt.runs.trust import foreign_name
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import expand_path, require_regular
 
 _HELP = ("--help", "-h", "--print_config")
+TRUST = "--trust"
 
 
 def checked(words: Sequence[str]) -> list[str]:
-    """The words of a command, config files first; if none is named, that of the checkpoint's run.
+    """The words of a command, configs first; if none is named, the settings in the checkpoint.
 
     Raises InputError for a command that cannot be meant so.
     """
     command, *rest = words or [""]
+    trusted, rest = TRUST in rest, [word for word in rest if word != TRUST]
+    stored: list[str] = []
     names = [name for name, _ in options(rest)]
+    _require_readable_configs(rest)
     asks_for_help = any(word.startswith(_HELP) or ".help" in word for word in rest)
     if not command.startswith("-") and not asks_for_help:
         if command == "fit":
             _require_config(names)
         elif "--ckpt_path" not in names and "--config" not in names:
             raise no_checkpoint(command)
-        rest = _with_saved_config(rest, names)
-    _require_readable_configs(rest)
-    return [command, *_configs_first(rest)]
+        if "--ckpt_path" in names and "--config" not in names:
+            stored, rest = _with_stored_settings(rest, trusted)
+    return [command, *stored, *_configs_first(rest)]
 
 
 def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -75,24 +80,29 @@ def find_last(name: str | None, root: str | None) -> Path:
     return require_file(last_checkpoint(expand_path(root, "trainer.default_root_dir")))
 
 
-def _with_saved_config(words: list[str], names: list[str]) -> list[str]:
+def _with_stored_settings(words: list[str], trusted: bool) -> tuple[list[str], list[str]]:
+    """The settings in the checkpoint that `words` name, and the words, which then name the file."""
     path = last_value(words, "--ckpt_path")
-    if path is None or "--config" in names:
-        return words
     if path == "last":
         root = last_value(words, "--trainer.default_root_dir")
-        checkpoint = find_last(last_value(words, "--run_name"), root)
-    else:
-        checkpoint = require_file(path)
-    config = folder_of(checkpoint) / CONFIG
-    if not config.is_file():
+        path = str(find_last(last_value(words, "--run_name"), root))
+    text = stored_settings(require_file(str(path)))
+    if not trusted:
+        require_own_classes(text, str(path))
+    print(f"settings: those in {path}", file=sys.stderr)
+    # Longer than any path, so that the parser cannot take it for one. The last --ckpt_path counts.
+    return ["--config", f"{text}\n#{' ' * 4096}"], [*words, "--ckpt_path", str(path)]
+
+
+def require_own_classes(text: str, path: str) -> None:
+    """Raise InputError where the settings in the checkpoint `path` would run code of others."""
+    name = foreign_name(load_yaml(text, f"ckpt_path: the settings in {path!r}"))
+    if name is not None:
         raise InputError(
-            f"ckpt_path: {str(checkpoint)!r} has no {str(config)!r}; add --config with the "
-            "settings of its run"
+            f"ckpt_path: the settings in {path!r} name {name!r:.200}, which is no class of hlbgpt, "
+            f"torch or lightning and could run any code; add {TRUST} if you trust whoever made "
+            "the checkpoint, or --config with settings of your own"
         )
-    print(f"settings: {config}", file=sys.stderr)
-    # The last --ckpt_path counts: this one names the file even if the user wrote "last".
-    return ["--config", str(config), *words, "--ckpt_path", str(checkpoint)]
 
 
 def _require_config(names: list[str]) -> None:
@@ -126,16 +136,11 @@ def _require_readable_configs(words: Sequence[str]) -> None:
             continue
         require_regular(path, "--config")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = load_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"--config {path}: not UTF-8 text at byte {error.start}; is it a config file?"
             ) from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or error
-            raise InputError(f"--config {path}: no YAML{where}: {problem}; mend it") from error
         if not isinstance(settings, dict):
             raise InputError(
                 f"--config {path}: holds no settings but {settings!r:.60}; write some as in the "

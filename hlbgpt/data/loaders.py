@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hlbgpt.utils.clock import Stopwatch
+from hlbgpt.utils.errors import InputError
 
 _ENDLESS = 1 << 40  # steps; any length keeps Lightning from reading a batch ahead
 _BLOCK = 1 << 14  # windows whose order is drawn at a time
@@ -183,7 +184,17 @@ class TrainLoader:
         return {"epoch": self.epoch, "next_window": self.next_window, **self._position_of}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken; with another text or seed, in a new epoch."""
+        """Continue where `state` was taken; with another text or seed, in a new epoch.
+
+        Raises InputError for a place outside the text.
+        """
+        length = max(1, state["sequence_length"])
+        windows = max(0, state["tokens"] - length) // length
+        if not 0 <= state["next_window"] < windows:
+            raise InputError(
+                f"ckpt_path: the checkpoint continues at window {state['next_window']} of "
+                f"{windows}; it is damaged, use another"
+            )
         self.epoch, self.next_window = state["epoch"], state["next_window"]
         self._position_of = {key: state[key] for key in self._data_identity()}
 

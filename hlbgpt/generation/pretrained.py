@@ -1,15 +1,16 @@
 """Pretrained networks: load from a checkpoint or safetensors, generate, save as safetensors."""
 
 import dataclasses
+import importlib
 import json
-import pkgutil
+import reprlib
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -17,12 +18,14 @@ from hlbgpt import __version__
 from hlbgpt.data.tokenizer import load_tokenizer, require_tokenizer
 from hlbgpt.generation.sampling import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
-from hlbgpt.runs.checkpoint_io import load_checkpoint
-from hlbgpt.runs.config import CONFIG_KEY
+from hlbgpt.runs.checkpoint_io import load_checkpoint, other_weights
+from hlbgpt.runs.config import CONFIG_KEY, load_yaml
+from hlbgpt.runs.sizes import build_for_weights
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"  # as the Hugging Face hub names them
+_BAD_VALUES = (TypeError, ValueError)  # of JSON
 _MODEL_CARD = """---
 library_name: hlbgpt
 pipeline_tag: text-generation
@@ -44,8 +47,9 @@ print(PretrainedModel.from_safetensors("{name}").generate("The "))
 class PretrainedModel:
     """A trained network that can be used without a config file or a trainer.
 
-    Loading imports and calls the class that the file names: load only files of people whose code
-    you would run.
+    A file holds no code, but the name of its network's class. That may be a class of
+    `hlbgpt.models`, of a module that is imported already, or of a module that is named in `allow`;
+    no other module is imported.
 
     Attributes:
         net: The network in evaluation mode, on the CPU after loading.
@@ -60,22 +64,38 @@ class PretrainedModel:
     special_tokens: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "PretrainedModel":
-        """Load a checkpoint that `hlbgpt fit` or `hlbgpt.fit` wrote; InputError for any other."""
+    def from_checkpoint(cls, path: str | Path, allow: Sequence[str] = ()) -> "PretrainedModel":
+        """Load a checkpoint that `hlbgpt fit` or `hlbgpt.fit` wrote; InputError for any other.
+
+        Args:
+            path: The file.
+            allow: Modules that may be imported for the network's class, such as `["mine"]`.
+        """
         checkpoint = load_checkpoint(path)
         if not (text := checkpoint.get(CONFIG_KEY)):
             raise InputError(
                 f"{path}: the checkpoint contains no config, so its network is unknown; load its "
                 "state_dict into a network of your own, or train with `hlbgpt fit`"
             )
-        config, state = yaml.safe_load(text), checkpoint["state_dict"]
+        config, state = load_yaml(text, f"{path}: its settings"), checkpoint["state_dict"]
         weights = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-        net, data = config["model"]["net"], config["data"]
-        return cls._build(path, weights, net, data["tokenizer"], data.get("special_tokens", []))
+        return cls._build(
+            path,
+            weights,
+            _entry(path, config, "model", "net"),
+            _entry(path, config, "data", "tokenizer"),
+            config["data"].get("special_tokens", []),
+            allow,
+        )
 
     @classmethod
-    def from_safetensors(cls, path: str | Path) -> "PretrainedModel":
-        """Load a file or a folder that `save` wrote; InputError for any other."""
+    def from_safetensors(cls, path: str | Path, allow: Sequence[str] = ()) -> "PretrainedModel":
+        """Load a file or a folder that `save` wrote; InputError for any other.
+
+        Args:
+            path: The file or folder.
+            allow: Modules that may be imported for the network's class, such as `["mine"]`.
+        """
         path = Path(path)
         file = path / _WEIGHTS if path.is_dir() else path
         try:
@@ -87,29 +107,42 @@ class PretrainedModel:
             config, weights = json.loads(text), load_file(file)
             net_config = {key: config[key] for key in ("class_path", "init_args")}
             tokenizer, special_tokens = config["tokenizer"], config["special_tokens"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, RecursionError, *_BAD_VALUES) as error:
             raise InputError(
                 f"{path}: not a safetensors file or folder with the settings of its network "
-                f"({type(error).__name__}: {error}); use one that `PretrainedModel.save` wrote"
+                f"({type(error).__name__}: {textwrap.shorten(str(error), 300)}); use one that "
+                "`PretrainedModel.save` wrote"
             ) from error
-        return cls._build(path, weights, net_config, tokenizer, special_tokens)
+        return cls._build(path, weights, net_config, tokenizer, special_tokens, allow)
 
     @classmethod
     def _build(
-        cls, path: Any, weights: Any, net_config: Any, tokenizer: Any, special_tokens: Any
+        cls,
+        path: Any,
+        weights: Mapping[str, torch.Tensor],
+        net_config: Any,
+        tokenizer: Any,
+        special_tokens: Any,
+        allow: Sequence[str],
     ) -> "PretrainedModel":
+        if not isinstance(special_tokens, list) or not all(
+            isinstance(text, str) for text in (tokenizer, *special_tokens)
+        ):
+            raise InputError(f"{path}: its tokenizer and special_tokens are not text; use another")
         require_tokenizer(tokenizer, path)
+        network_class, settings = _network_class(path, net_config, allow)
         try:
-            network_class = pkgutil.resolve_name(net_config["class_path"])
-            if not (isinstance(network_class, type) and issubclass(network_class, Network)):
-                raise TypeError(f"{network_class} is not a subclass of hlbgpt.models.Network")
-            net = network_class(**(net_config.get("init_args") or {}))
-            net.load_state_dict(weights)
-        except (ImportError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as e:
+            net = build_for_weights(network_class, weights, str(path), **settings)
+        except Exception as error:  # of any kind, since the settings come from a file
             raise InputError(
-                f"{path}: cannot build its network: {textwrap.shorten(str(e), 300)}; its class "
-                "must be importable and the same as when the file was written"
-            ) from e
+                f"{path}: cannot build its network: {textwrap.shorten(str(error), 300)}; its class "
+                "must be the same as when the file was written"
+            ) from error
+        if problem := other_weights(net, weights):
+            raise InputError(
+                f"{path}: its weights are not those of its network: {problem}; use another file"
+            )
+        net.load_state_dict(dict(weights))
         return cls(net.eval(), tokenizer, net_config, special_tokens)
 
     def save(self, path: str | Path) -> None:
@@ -176,6 +209,52 @@ class PretrainedModel:
         tokens = [torch.tensor(tokenizer.encode(text), device=device) for text in batch]
         texts = continue_prompts(self.net, tokens, SamplingConfig(**sampling), tokenizer)
         return texts[0] if isinstance(prompts, str) else texts
+
+
+def _entry(path: Any, config: Any, section: str, name: str) -> Any:
+    """An entry of the settings in a checkpoint, which may be odd."""
+    try:
+        return config[section][name]
+    except (LookupError, TypeError):
+        raise InputError(
+            f"{path}: its settings have no {section}.{name}; use a checkpoint that `fit` wrote"
+        ) from None
+
+
+def _network_class(
+    path: Any, net_config: Any, allow: Sequence[str]
+) -> tuple[type[Network], dict[str, Any]]:
+    """The class that a file names, and its arguments; raises InputError for one not allowed."""
+    class_path = net_config.get("class_path") if isinstance(net_config, dict) else None
+    settings = net_config.get("init_args") or {} if isinstance(net_config, dict) else None
+    if not isinstance(class_path, str) or "." not in class_path or not isinstance(settings, dict):
+        raise InputError(
+            f"{path}: its network is {reprlib.repr(net_config)}, not the class_path module.Class "
+            "with init_args; use another file"
+        )
+    module_name, _, name = class_path.rpartition(".")
+    allowed = [allow] if isinstance(allow, str) else allow
+    if module_name in allowed:
+        try:
+            importlib.import_module(module_name)
+        except ImportError as error:
+            raise InputError(
+                f"{path}: cannot import {module_name!r:.200}, of which its network is: {error}; "
+                "make it importable"
+            ) from error
+    elif module_name not in sys.modules:
+        raise InputError(
+            f"{path}: its network is {class_path!r:.200}, of a module that is not imported; if you "
+            f"trust it, allow it: allow=[{module_name!r:.200}]"
+        )
+    # Not `getattr`: a module may import others for it.
+    found = vars(sys.modules[module_name]).get(name)
+    if not isinstance(found, type) or not issubclass(found, Network):
+        raise InputError(
+            f"{path}: cannot build its network: {class_path!r:.200} is not a subclass of "
+            "hlbgpt.models.Network; its class must be the same as when the file was written"
+        )
+    return found, {str(key): value for key, value in settings.items()}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 import io
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +12,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from hlbgpt.runs.checkpoint_schema import RESTORED, check_checkpoint, require_entries
+from hlbgpt.runs.config import CONFIG_KEY
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
 
@@ -57,8 +59,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint to the CPU; raises InputError as `load_checkpoint` does."""
         if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only=True)
-        return load_checkpoint(path)
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            check_checkpoint(checkpoint, f"ckpt_path: {str(path)!r}")
+        else:
+            checkpoint = load_checkpoint(path)
+        require_entries(checkpoint, RESTORED, f"ckpt_path: {str(path)!r}")
+        return checkpoint
 
 
 def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
@@ -102,47 +108,80 @@ def _unreadable_error(checkpoint: dict[str, Any], unreadable: list[str]) -> Inpu
     )
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Read a checkpoint to the CPU as tensors and plain data; code in the file is not run.
+
+    Args:
+        path: The file.
+        verify: Whether to read all of the file and check it. Without, its tensors are read when
+            they are used, for those who want something else.
 
     Raises:
         InputError: The file cannot be read, is no checkpoint, is incomplete or damaged, or
             contains code.
     """
+    name = f"ckpt_path: {str(path)!r}"
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not verify the checksums
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
+                raise zipfile.BadZipFile("compressed, which torch does not do")
+            damaged = archive.testzip() if verify else None  # torch.load checks no checksums
+        checkpoint = None
+        if not damaged:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
     except OSError as error:
         raise InputError(f"ckpt_path: cannot read {str(path)!r}: {error.strerror}") from error
     except (*_LOAD_ERRORS, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"ckpt_path: {str(path)!r} is incomplete, is no checkpoint, or contains code; use a "
-            ".ckpt file that `fit` wrote"
+            f"{name} is incomplete, is no checkpoint, or contains code; use a .ckpt file that "
+            "`fit` wrote"
         ) from error
     if damaged:
         raise InputError(
-            f"ckpt_path: {str(path)!r} is damaged: {damaged} does not match its checksum; use "
-            "another checkpoint"
+            f"{name} is damaged: {damaged} does not match its checksum; use another checkpoint"
         )
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    check_checkpoint(checkpoint, name)
+    return checkpoint  # type: ignore[return-value]
+
+
+def stored_settings(path: str | Path) -> str:
+    """The settings of its run that a checkpoint holds, in YAML; InputError where it holds none."""
+    text = load_checkpoint(path, verify=False).get(CONFIG_KEY)
+    if not text:
         raise InputError(
-            f"ckpt_path: {str(path)!r} is no checkpoint of hlbgpt: it has no state_dict; use a "
-            ".ckpt file that `fit` wrote"
+            f"ckpt_path: {str(path)!r} holds no settings of its run; add --config with them"
         )
-    return checkpoint
+    return str(text)
 
 
 def require_matching_weights(module: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
     """Raise InputError unless the checkpoint called `name` has the weights of this module."""
-    theirs, ours = (
-        {key: tuple(value.shape) for key, value in state.items()}
-        for state in (checkpoint["state_dict"], module.state_dict())
-    )
-    for key in sorted(theirs.keys() | ours.keys()):
-        stored, expected = theirs.get(key, "missing"), ours.get(key, "missing")
-        if stored != expected:
-            raise InputError(
-                f"ckpt_path: {name} is of another network: {key} is {stored} in the checkpoint "
-                f"and {expected} in the network; use the config of the checkpoint's run"
-            )
+    if problem := other_weights(module, checkpoint["state_dict"]):
+        raise InputError(
+            f"ckpt_path: {name} is of another network: {problem}; use the config of the "
+            "checkpoint's run"
+        )
+
+
+def other_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The first of `weights` that is not one of this module, and how it differs; None if all are.
+
+    Weights may have another precision than the module, but integers are no fractions.
+    """
+    own = module.state_dict()
+    for key in sorted(weights.keys() | own.keys()):
+        stored, expected = weights.get(key), own.get(key)
+        if stored is None or expected is None or stored.shape != expected.shape:
+            found = [_shape(stored), _shape(expected)]
+        elif stored.dtype != expected.dtype and not (
+            stored.is_floating_point() and expected.is_floating_point()
+        ):
+            found = [str(tensor.dtype).removeprefix("torch.") for tensor in (stored, expected)]
+        else:
+            continue
+        return f"{key} is {found[0]} in the checkpoint and {found[1]} in the network"
+    return None
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))

@@ -1,11 +1,13 @@
-"""The settings of runs: finding saved configs, comparing and flattening them."""
+"""The settings of runs: reading YAML, naming, comparing and flattening configs."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hlbgpt.runs.folder import CONFIG
+from hlbgpt.runs.folder import CONFIG, folder_of
 from hlbgpt.utils.errors import InputError
 
 CONFIG_KEY = "hlbgpt_config"  # of the config within a checkpoint
@@ -30,6 +32,103 @@ _TRAINER_HPARAMS = (
     "trainer.accumulate_grad_batches",
     "trainer.gradient_clip_val",
 )
+# Aliases let a small text stand for a huge content. Both limits are far above what a run needs.
+_MAX_DEPTH, _MAX_EXPANDED = 100, 100_000
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# --- reading YAML ---------------------------------------------------------------------------------
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """The content of a text in YAML; raises InputError, which begins with `name`, for a fault.
+
+    A fault is broken YAML, a key that stands twice in a mapping, of which the first would be lost,
+    aliases that expand to a huge content or to themselves, or very deep nesting.
+    """
+    try:
+        require_plain_yaml(text, name)
+        return construct_yaml(text, lambda text: yaml.load(text, Loader=_Loader))
+    except (yaml.YAMLError, UnicodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{name}: no YAML{where}: {problem}; mend it") from error
+
+
+def construct_yaml(text: str, load: Callable[[str], Any]) -> Any:
+    """`load(text)`, which then raises YAMLError for values that do not fit their tags, too."""
+    try:
+        return load(text)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass
+class _Collection:
+    """A mapping or list whose events are being read; size and depth are those when expanded."""
+
+    anchor: str | None
+    is_mapping: bool
+    size: int = 1
+    depth: int = 1
+    children: int = 0
+    key_lines: dict[str, int] = field(default_factory=dict)
+
+    def add(self, event: yaml.Event, size: int, depth: int, name: str) -> None:
+        """Count a child; raises InputError for a key that was there before."""
+        self.size, self.depth = self.size + size, max(self.depth, depth + 1)
+        if self.is_mapping and self.children % 2 == 0 and isinstance(event, yaml.ScalarEvent):
+            line = _line(event)
+            if first := self.key_lines.get(event.value):
+                raise InputError(
+                    f"{name}: {event.value!r:.60} stands at line {first} and again at line {line}, "
+                    "and only one of them would count; keep one"
+                )
+            self.key_lines[event.value] = line
+        self.children += 1
+
+
+def require_plain_yaml(text: str, name: str) -> None:
+    """Raise InputError for the faults that `load_yaml` names, YAMLError for broken YAML.
+
+    Only the events of the text are looked at, so nothing is expanded.
+    """
+    opened: list[_Collection] = []
+    known: dict[str | None, tuple[int, int]] = {}  # size and depth of what an anchor names
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        child = None
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append(_Collection(event.anchor, isinstance(event, yaml.MappingStartEvent)))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            done = opened.pop()
+            child = known[done.anchor] = done.size, done.depth
+        elif isinstance(event, yaml.AliasEvent):
+            holds_itself = any(outer.anchor == event.anchor for outer in opened)
+            child = (1, _MAX_DEPTH) if holds_itself else known.get(event.anchor, (1, 0))
+        elif isinstance(event, yaml.ScalarEvent):
+            child = 1, 0
+        if not opened:
+            continue
+        if child:
+            opened[-1].add(event, *child, name)
+        if max(len(opened), opened[-1].depth) > _MAX_DEPTH:
+            raise InputError(
+                f"{name}: line {_line(event)}: nested deeper than {_MAX_DEPTH} levels, or in "
+                "itself; settings are not"
+            )
+        if opened[-1].size > max(_MAX_EXPANDED, number):
+            raise InputError(
+                f"{name}: line {_line(event)}: its aliases stand for more than {_MAX_EXPANDED} "
+                "values; write out what is needed"
+            )
+
+
+def _line(event: yaml.Event) -> int:
+    assert event.start_mark is not None
+    return event.start_mark.line + 1
+
+
+# --- configs --------------------------------------------------------------------------------------
 
 
 def config_name(configs: list[Any] | None) -> str:
@@ -44,6 +143,15 @@ def config_name(configs: list[Any] | None) -> str:
     return path.parents[1].name if path.name == CONFIG else path.stem
 
 
+def checkpoint_name(checkpoint: str | Path) -> str:
+    """The name of a run that takes its settings from `checkpoint`: that of the checkpoint's run.
+
+    A checkpoint that lies in no run's folder gives its own name.
+    """
+    folder = folder_of(checkpoint)
+    return folder.resolve().parent.name if (folder / CONFIG).is_file() else Path(checkpoint).stem
+
+
 def changed_settings(stored: str, now: str) -> list[str]:
     """Compare the YAML configs of a checkpoint and of the run that resumes it.
 
@@ -53,7 +161,8 @@ def changed_settings(stored: str, now: str) -> list[str]:
     Raises:
         InputError: the optimizer or the learning-rate schedule is of another class.
     """
-    before, after = (flat_settings(yaml.safe_load(text) or {}) for text in (stored, now))
+    before = flat_settings(load_yaml(stored, "the checkpoint's settings") or {})
+    after = flat_settings(load_yaml(now, "the settings") or {})
     lines = []
     for key in {**before, **after}:
         theirs, ours = before.get(key, "not set"), after.get(key, "not set")
@@ -89,7 +198,7 @@ def hparams(config: str) -> dict[str, bool | int | float | str]:
     seed are not among them, because what the config leaves open is known to the trainer only.
     """
     found = {}
-    for key, value in flat_settings(yaml.safe_load(config) or {}).items():
+    for key, value in flat_settings(load_yaml(config, "the settings") or {}).items():
         name = key.replace("init_args.", "").replace(".class_path", "")
         chosen = name in _TRAINER_HPARAMS or name.split(".")[0] in _HPARAMS
         if chosen and value not in (None, [], {}) and not name.startswith(_NO_HPARAMS):
@@ -100,5 +209,5 @@ def hparams(config: str) -> dict[str, bool | int | float | str]:
 def text_settings(config: str) -> dict[str, Any]:
     """The settings of a config in YAML that name the text and its tokens."""
     keys = ("data.source", "data.tokenizer", "data.special_tokens")
-    settings = flat_settings(yaml.safe_load(config) or {})
+    settings = flat_settings(load_yaml(config, "the settings") or {})
     return {key: value for key, value in settings.items() if key.startswith(keys)}

@@ -230,6 +230,7 @@ class LanguageModule(step.MicroBatchedModule):
 
     def _resume(self, state: dict[str, Any]) -> None:
         """Restore the rest, now that nothing of the set-up draws random numbers any more."""
+        resume.require_fitting_state(self.trainer.optimizers[0])
         self._resume_state = None
         # Lightning asks before the first step, and skips a validation that was made already.
         self.validation_due = evaluation.schedule_validation(self.trainer, state["validated"])

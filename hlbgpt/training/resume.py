@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from hlbgpt.data import TokenDataModule
+from hlbgpt.optim import MuonAdamW
+from hlbgpt.runs.checkpoint_schema import TRAINING, require_entries
 from hlbgpt.utils.errors import InputError
 
 KEY = "hlbgpt"  # of this project's part of a checkpoint
+_FUSED = (Adam, Adagrad, SGD, MuonAdamW)  # optimizers with kernels that check no shapes
 
 
 def random_states(device: torch.device) -> list[dict[str, Any]]:
@@ -116,6 +121,25 @@ def require_training_state(checkpoint: dict[str, Any]) -> None:
             "ckpt_path: the checkpoint holds weights only, without the state to go on training "
             "from; use one saved during `fit` (last.ckpt)"
         )
+    require_entries(checkpoint, TRAINING, "ckpt_path: the checkpoint")
+
+
+def require_fitting_state(optimizer: Optimizer) -> None:
+    """Raise InputError where a restored state has not the shape of its parameter.
+
+    torch's fused kernels would read and write outside of it.
+    """
+    if not isinstance(optimizer, _FUSED):
+        return
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            expected = torch.Size() if name == "step" else param.shape
+            if isinstance(value, Tensor) and value.shape != expected:
+                raise InputError(
+                    f"ckpt_path: the checkpoint's optimizer has {name} of shape "
+                    f"{tuple(value.shape)} for weights of shape {tuple(param.shape)}; it is "
+                    "damaged, use another"
+                )
 
 
 def require_steps_left(checkpoint: dict[str, Any], max_steps: int, max_tokens: int | None) -> None:

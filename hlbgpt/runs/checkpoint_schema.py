@@ -1,0 +1,250 @@
+"""What a checkpoint has to hold, checked once when it is read.
+
+Lightning and its callbacks take what they find in a checkpoint as it is. A file that is damaged or
+made to do harm would end in a traceback far from the cause, or not end at all.
+"""
+
+import random
+import re
+import reprlib
+import textwrap
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hlbgpt.utils.errors import InputError
+
+_MAX_COUNT = 2**53  # of steps, tokens and the like: what a float holds exactly
+_MAX_AMOUNT = 1e100  # of FLOPs, seconds
+# Entries may be shared, which lets a small file stand for a huge content.
+_MAX_DEPTH, _MAX_VALUES = 50, 10_000_000
+
+
+class Kind(NamedTuple):
+    """A kind of value: how it is called, and which values are of it."""
+
+    name: str
+    accepts: Callable[[Any], bool]
+
+
+def _loads(load: Callable[[], Any]) -> bool:
+    """Whether a state can be loaded into a generator of random numbers."""
+    try:
+        load()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, float) or (is_int and abs(value) < _MAX_AMOUNT)
+
+
+def _is_python_state(state: Any) -> bool:
+    return _loads(lambda: random.Random().setstate((state[0], tuple(state[1]), state[2])))
+
+
+COUNT = Kind(
+    "a whole number from 0 on",
+    lambda value: _is_number(value) and isinstance(value, int) and 0 <= value < _MAX_COUNT,
+)
+AMOUNT = Kind(
+    "a finite number from 0 on",
+    lambda value: _is_number(value) and 0 <= value < _MAX_AMOUNT,
+)
+RATE = Kind("a rate", lambda value: isinstance(value, Tensor) or AMOUNT.accepts(value))
+NUMBER = Kind("a number", _is_number)  # of a loss, which need not be finite
+PAIR = Kind(
+    "a pair of numbers",
+    lambda value: (
+        isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+    ),
+)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+VERSION = Kind(
+    "a version", lambda value: isinstance(value, str) and bool(re.match(r"\d+(\.\d+)+\S*$", value))
+)
+TENSORS = Kind(
+    "a dict of tensors with names",
+    lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    ),
+)
+STATE = Kind("a dict", lambda value: isinstance(value, dict))
+DEVICE_STATE = Kind("a tensor or None", lambda value: value is None or isinstance(value, Tensor))
+TORCH_STATE = Kind(
+    "a state of torch's random numbers",
+    lambda value: _loads(lambda: torch.Generator().set_state(value)),
+)
+PYTHON_STATE = Kind("a state of Python's random numbers", _is_python_state)
+NUMPY_STATE = Kind(
+    "a state of NumPy's random numbers",
+    lambda value: _loads(lambda: np.random.RandomState().set_state(tuple(value))),
+)
+PROGRESS = Kind("a dict of counts", lambda value: isinstance(value, dict) and _is_progress(value))
+
+
+def _is_progress(value: Any) -> bool:
+    """Whether a value is that of a loop's progress, whatever its parts are called."""
+    if isinstance(value, dict):
+        return all(map(_is_progress, value.values()))
+    if isinstance(value, list):  # of loaders
+        return all(isinstance(item, dict) and _is_progress(item) for item in value)
+    return FLAG.accepts(value) or COUNT.accepts(value)
+
+
+# Add what is read from a checkpoint here. A dict has these keys and may have more, a list holds
+# any number of such entries, and a tuple (None, ...) allows None. First, what
+# `LanguageModule.on_save_checkpoint` writes, then the states of callbacks.
+_OWN = {
+    "tokens_seen": COUNT,
+    "flops": AMOUNT,
+    "validated": FLAG,
+    "tokenizer": TEXT,
+    "special_tokens": [TEXT],
+    "vocab_size": COUNT,
+    "texts": {"train": [TEXT], "validation": TEXT},
+    "random": [
+        {
+            "torch": TORCH_STATE,
+            "python": PYTHON_STATE,
+            "numpy": NUMPY_STATE,
+            "device": DEVICE_STATE,
+        }
+    ],
+}
+_MEASURED = {
+    "monitor": TEXT,
+    "value": NUMBER,
+    "step": COUNT,
+    "validation": {
+        "tokens": COUNT,
+        "split_tokens": COUNT,
+        "windows": COUNT,
+        "sequence_length": COUNT,
+        "fingerprint": TEXT,
+        "complete": FLAG,
+    },
+}
+_CALLBACKS = {
+    "TimeToTarget": {
+        "train_seconds": AMOUNT,
+        "data_seconds": AMOUNT,
+        "validation_seconds": AMOUNT,
+        "checkpoint_seconds": AMOUNT,
+        "compile_seconds": AMOUNT,
+        "wall_seconds": AMOUNT,
+        "last_measurement": (None, _MEASURED),
+        "values": [PAIR],
+    },
+    "Milestone": {"met": (None, _MEASURED | {"tokens": COUNT, "train_seconds": AMOUNT})},
+}
+_SCHEMA: dict[str, Any] = {
+    "state_dict": TENSORS,
+    "pytorch-lightning_version": VERSION,
+    "epoch": COUNT,
+    "global_step": COUNT,
+    "loops": {
+        "fit_loop": {
+            "epoch_loop.automatic_optimization.optim_progress": PROGRESS,  # has the global step
+            "epoch_loop.batch_progress": PROGRESS,
+            "epoch_progress": PROGRESS,
+            "state_dict": PROGRESS,  # of the loader
+        }
+    },
+    "callbacks": STATE,
+    "optimizer_states": [{"state": STATE, "param_groups": [{"params": [COUNT], "lr": RATE}]}],
+    "lr_schedulers": [STATE],
+    "hlbgpt_config": TEXT,
+    "hlbgpt": _OWN,
+}
+WEIGHTS = ("state_dict",)
+# What Lightning reads, in any command and to train on.
+RESTORED = (*WEIGHTS, "pytorch-lightning_version", "epoch", "global_step")
+TRAINING = (*RESTORED, "loops", "callbacks", "optimizer_states", "lr_schedulers", "hlbgpt")
+
+
+def check_checkpoint(checkpoint: Any, name: str) -> None:
+    """Raise InputError, which begins with `name`, for an entry that is not what it has to be."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise InputError(
+            f"{name} is no checkpoint of hlbgpt: it has no state_dict; use a .ckpt file that `fit` "
+            "wrote"
+        )
+    _require_modest({key: value for key, value in checkpoint.items() if key != "state_dict"}, name)
+    for key in [key for key in _SCHEMA if key in checkpoint]:
+        _check(checkpoint[key], _SCHEMA[key], key, name)
+    _check(checkpoint.get("loops", {}), PROGRESS, "loops", name)
+    for key, state in checkpoint.get("callbacks", {}).items():
+        kind = str(key).partition("(")[0]  # the rest tells several of a kind apart
+        _check(state, _CALLBACKS.get(kind, STATE), f"callbacks.{key}", name)
+
+
+def require_entries(checkpoint: dict[str, Any], keys: Collection[str], name: str) -> None:
+    """Raise InputError for the first of the entries, out of those above, that is not there."""
+    for key in keys:
+        if key not in checkpoint:
+            raise _error(name, key, "is missing")
+
+
+def _check(value: Any, expected: Any, key: str, name: str) -> None:
+    if isinstance(expected, Kind):
+        if not expected.accepts(value):
+            raise _error(name, key, f"is {_short(value)}, not {expected.name}")
+    elif isinstance(expected, tuple):
+        if value is not None:
+            _check(value, expected[1], key, name)
+    elif isinstance(expected, list):
+        if not isinstance(value, (list, tuple)):
+            raise _error(name, key, f"is {_short(value)}, not a list")
+        for number, item in enumerate(value):
+            _check(item, expected[0], f"{key}.{number}", name)
+    else:
+        if not isinstance(value, dict):
+            raise _error(name, key, f"is {_short(value)}, not a dict")
+        for part, kind in expected.items():
+            if part not in value:
+                raise _error(name, f"{key}.{part}", "is missing")
+            _check(value[part], kind, f"{key}.{part}", name)
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(reprlib.repr(value), 80)
+
+
+def _error(name: str, key: str, problem: str) -> InputError:
+    return InputError(
+        f"{name} is damaged or no checkpoint of hlbgpt: {key} {problem}; use another checkpoint"
+    )
+
+
+def _require_modest(checkpoint: dict[str, Any], name: str) -> None:
+    """Raise InputError for a content that shared entries make huge, or that holds itself."""
+    sizes: dict[int, tuple[int, int]] = {}  # values within, and depth
+
+    def measure(value: Any, level: int) -> tuple[int, int]:
+        if not isinstance(value, (dict, list, tuple, set)):
+            return 1, 0
+        if level > _MAX_DEPTH:
+            return 1, _MAX_DEPTH
+        if id(value) not in sizes:
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            found = [measure(part, level + 1) for part in parts]
+            sizes[id(value)] = (
+                1 + sum(n for n, _ in found),
+                1 + max((d for _, d in found), default=0),
+            )
+        return sizes[id(value)]
+
+    size, depth = measure(checkpoint, 0)
+    if size > _MAX_VALUES or depth > _MAX_DEPTH:
+        raise InputError(
+            f"{name} is no checkpoint of hlbgpt: its entries hold more than {_MAX_VALUES} values "
+            f"or are nested deeper than {_MAX_DEPTH} levels; use another checkpoint"
+        )
