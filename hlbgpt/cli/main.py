@@ -25,7 +25,7 @@ from hlbgpt.runs.config import config_name
 from hlbgpt.runs.folder import release_claim, remove_unused_folder
 from hlbgpt.runs.logger import quiet_writers
 from hlbgpt.utils.command import output_optional
-from hlbgpt.utils.errors import InputError, one_line
+from hlbgpt.utils.errors import DivergedError, InputError, one_line
 
 
 @dataclass(frozen=True)
