@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context  # pip install -e '.[plot]'
-from matplotlib.figure import Figure
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SystemExit("the package matplotlib is missing; run pip install -e '.[plot]'") from None
 from run_curves import (
     AXES,
     SECONDS,

@@ -168,7 +168,8 @@ def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
         error = "killed" if seed == changes.get("failed") else None
         value: dict[str, Any] = {"value": mean + seed % 2 * 0.001}
         other = seed == changes.get("other_text")
-        value |= {"validation": {"fingerprint": "b" if other else "a"}}
+        validation = {"fingerprint": "b" if other else "a", "sequence_length": 1024}
+        value |= {"validation": {**validation, "complete": True}}
         runs.append(BenchmarkRun("speedrun, as is", seed, error=error, record=record | value))
     results = json.loads(json.dumps(summarize(runs, "benchmark.py ...")))
     cells = variant_row(results["variants"][0])
@@ -184,7 +185,7 @@ def test_a_row_has_to_keep_the_rules() -> None:
     assert example(count=12, failed=3) == ["a run failed", "p is not below 0.01"]
     assert example(mean=3.7997) == ["p is not below 0.01"]
     assert example(caveats=["validated on 10% of the split"]) == ["a run is no record"]
-    assert example(other_text=3) == ["the validation texts differ"]
+    assert example(other_text=3) == ["the validation texts differ", "p is not below 0.01"]
     assert example(hardware="CPU") == ["the hardware is another"]
     assert example(revision="abc-dirty") == ["the revision is not one, or has changes"]
     assert example(date="today") == ["the date is not YYYY-MM-DD"]

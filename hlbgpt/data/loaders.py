@@ -188,9 +188,12 @@ class TrainLoader:
 
         Raises InputError for a place outside the text.
         """
+        keys = ("epoch", "next_window", *self._data_identity())
+        if not all(type(state.get(key)) is int and 0 <= state[key] < 1 << 53 for key in keys):
+            raise InputError(f"ckpt_path: {state} is no place in a text; use another checkpoint")
         length = max(1, state["sequence_length"])
         windows = max(0, state["tokens"] - length) // length
-        if not 0 <= state["next_window"] < windows:
+        if state["next_window"] >= windows:
             raise InputError(
                 f"ckpt_path: the checkpoint continues at window {state['next_window']} of "
                 f"{windows}; it is damaged, use another"

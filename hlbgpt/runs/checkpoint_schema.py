@@ -56,7 +56,6 @@ AMOUNT = Kind(
     "a finite number from 0 on",
     lambda value: _is_number(value) and 0 <= value < _MAX_AMOUNT,
 )
-RATE = Kind("a rate", lambda value: isinstance(value, Tensor) or AMOUNT.accepts(value))
 NUMBER = Kind("a number", _is_number)  # of a loss, which need not be finite
 PAIR = Kind(
     "a pair of numbers",
@@ -155,11 +154,11 @@ _SCHEMA: dict[str, Any] = {
             "epoch_loop.automatic_optimization.optim_progress": PROGRESS,  # has the global step
             "epoch_loop.batch_progress": PROGRESS,
             "epoch_progress": PROGRESS,
-            "state_dict": PROGRESS,  # of the loader
+            "state_dict": STATE,  # of the loader, which checks it
         }
     },
     "callbacks": STATE,
-    "optimizer_states": [{"state": STATE, "param_groups": [{"params": [COUNT], "lr": RATE}]}],
+    "optimizer_states": [{"state": STATE, "param_groups": [{"params": [COUNT]}]}],
     "lr_schedulers": [STATE],
     "hlbgpt_config": TEXT,
     "hlbgpt": _OWN,
@@ -180,7 +179,6 @@ def check_checkpoint(checkpoint: Any, name: str) -> None:
     _require_modest({key: value for key, value in checkpoint.items() if key != "state_dict"}, name)
     for key in [key for key in _SCHEMA if key in checkpoint]:
         _check(checkpoint[key], _SCHEMA[key], key, name)
-    _check(checkpoint.get("loops", {}), PROGRESS, "loops", name)
     for key, state in checkpoint.get("callbacks", {}).items():
         kind = str(key).partition("(")[0]  # the rest tells several of a kind apart
         _check(state, _CALLBACKS.get(kind, STATE), f"callbacks.{key}", name)
