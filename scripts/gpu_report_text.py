@@ -15,9 +15,10 @@ from plot import SHORT_LABEL, draw, plain_text, save_figure, shown
 from run_curves import read_run
 
 from hlbgpt.runs.folder import RECORD
-from hlbgpt.runs.record import DURATION, read_json, read_record
+from hlbgpt.runs.record import read_json, read_record
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write
+from hlbgpt.utils.schema import AMOUNT
 
 # What a process of each stage writes last: tables, or the record of a run.
 RESULTS = dict.fromkeys(("hardware", "gradients", "steps"), MEASURED)
@@ -109,7 +110,7 @@ def _is_table(rows: Any) -> bool:
 
 
 def _are_times(rows: list[dict[str, Any]]) -> bool:
-    return all(DURATION.fits(row.get(f"{part} ms")) for row in rows for part in PARTS)
+    return all(AMOUNT.accepts(row.get(f"{part} ms")) for row in rows for part in PARTS)
 
 
 def read_results(out: Path, stage: str) -> tuple[Found, list[Path]]:

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 from hlbgpt.runs.config import flat_settings, load_yaml
 from hlbgpt.runs.folder import CONFIG, RECORD
 from hlbgpt.runs.logger import scalars, tag, tag_by_tokens
-from hlbgpt.runs.record import NUMBER, read_record
+from hlbgpt.runs.record import read_record
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.schema import NUMBER
 
 TOKENS, STEPS, SECONDS = AXES = ("million tokens", "steps", "seconds of training")
 EVENTS = "events.out.tfevents.*"
@@ -56,7 +57,7 @@ class RunCurves:
         """The target of the validation loss; None if infinite or of another metric."""
         target = self.settings.get(f"{TARGET}.target")
         by_loss = self.settings.get(f"{TARGET}.monitor", "val_loss") == "val_loss"
-        return target if by_loss and NUMBER.fits(target) else None
+        return target if by_loss and NUMBER.accepts(target) else None
 
     @property
     def is_drawable(self) -> bool:

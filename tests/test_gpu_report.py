@@ -246,8 +246,8 @@ BROKEN_RESULTS: dict[str, tuple[str, Any, str]] = {
         {"a": [{"forward ms": "1", "backward ms": 1, "optimizer ms": 1}]},
         "holds no times",
     ),
-    "foreign record": ("race/hlb041_0/record.json", {"version": 1}, "has no reached"),
-    "record": ("speedruns/speedrun_0/record.json", changed(value="low"), "value: 'low' is not"),
+    "foreign record": ("race/hlb041_0/record.json", {"version": 1}, "reached is missing"),
+    "record": ("speedruns/speedrun_0/record.json", changed(value="low"), "value is 'low', not"),
 }
 
 
@@ -276,7 +276,7 @@ def test_a_broken_result_is_found_before_anything_runs(
     path.with_name("output.log").touch()
     assert gpu_report.main([*small[0], "--out", str(tmp_path), "--", *small[1]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"gpu_report.py: error: {path}: value: 'low' is not")
+    assert line.startswith(f"gpu_report.py: error: {path}: value is 'low', not")
     # The stage that is measured again does not read it.
     monkeypatch.setattr(gpu_report, "launch", lambda *_, **__: 3)
     options = [*small[0], "--out", str(tmp_path), "--only", "race"]

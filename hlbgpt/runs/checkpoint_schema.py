@@ -6,28 +6,18 @@ made to do harm would end in a traceback far from the cause, or not end at all.
 
 import random
 import re
-import reprlib
-import textwrap
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.schema import AMOUNT, COUNT, FLAG, NUMBER, TEXT, Kind, find_fault
 
-_MAX_COUNT = 2**53  # of steps, tokens and the like: what a float holds exactly
-_MAX_AMOUNT = 1e100  # of FLOPs, seconds
 # Entries may be shared, which lets a small file stand for a huge content.
 _MAX_DEPTH, _MAX_VALUES = 50, 10_000_000
-
-
-class Kind(NamedTuple):
-    """A kind of value: how it is called, and which values are of it."""
-
-    name: str
-    accepts: Callable[[Any], bool]
 
 
 def _loads(load: Callable[[], Any]) -> bool:
@@ -39,32 +29,17 @@ def _loads(load: Callable[[], Any]) -> bool:
     return True
 
 
-def _is_number(value: Any) -> bool:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, float) or (is_int and abs(value) < _MAX_AMOUNT)
-
-
 def _is_python_state(state: Any) -> bool:
     return _loads(lambda: random.Random().setstate((state[0], tuple(state[1]), state[2])))
 
 
-COUNT = Kind(
-    "a whole number from 0 on",
-    lambda value: _is_number(value) and isinstance(value, int) and 0 <= value < _MAX_COUNT,
-)
-AMOUNT = Kind(
-    "a finite number from 0 on",
-    lambda value: _is_number(value) and 0 <= value < _MAX_AMOUNT,
-)
-NUMBER = Kind("a number", _is_number)  # of a loss, which need not be finite
+VALUE = Kind("a number", lambda value: type(value) is float or NUMBER.accepts(value))
 PAIR = Kind(
     "a pair of numbers",
     lambda value: (
-        isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+        isinstance(value, (list, tuple)) and len(value) == 2 and all(map(VALUE.accepts, value))
     ),
 )
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-TEXT = Kind("a text", lambda value: isinstance(value, str))
 VERSION = Kind(
     "a version", lambda value: isinstance(value, str) and bool(re.match(r"\d+(\.\d+)+\S*$", value))
 )
@@ -98,9 +73,8 @@ def _is_progress(value: Any) -> bool:
     return FLAG.accepts(value) or COUNT.accepts(value)
 
 
-# Add what is read from a checkpoint here. A dict has these keys and may have more, a list holds
-# any number of such entries, and a tuple (None, ...) allows None. First, what
-# `LanguageModule.on_save_checkpoint` writes, then the states of callbacks.
+# Add what is read from a checkpoint here: what `LanguageModule.on_save_checkpoint` writes, and the
+# states of callbacks.
 _OWN = {
     "tokens_seen": COUNT,
     "flops": AMOUNT,
@@ -120,7 +94,7 @@ _OWN = {
 }
 _MEASURED = {
     "monitor": TEXT,
-    "value": NUMBER,
+    "value": VALUE,
     "step": COUNT,
     "validation": {
         "tokens": COUNT,
@@ -177,48 +151,25 @@ def check_checkpoint(checkpoint: Any, name: str) -> None:
             "wrote"
         )
     _require_modest({key: value for key, value in checkpoint.items() if key != "state_dict"}, name)
-    for key in [key for key in _SCHEMA if key in checkpoint]:
-        _check(checkpoint[key], _SCHEMA[key], key, name)
+    present = {key: kind for key, kind in _SCHEMA.items() if key in checkpoint}
+    if fault := find_fault(checkpoint, present):
+        raise _error(name, fault)
     for key, state in checkpoint.get("callbacks", {}).items():
         kind = str(key).partition("(")[0]  # the rest tells several of a kind apart
-        _check(state, _CALLBACKS.get(kind, STATE), f"callbacks.{key}", name)
+        if fault := find_fault(state, _CALLBACKS.get(kind, STATE), f"callbacks.{key}"):
+            raise _error(name, fault)
 
 
 def require_entries(checkpoint: dict[str, Any], keys: Collection[str], name: str) -> None:
     """Raise InputError for the first of the entries, out of those above, that is not there."""
     for key in keys:
         if key not in checkpoint:
-            raise _error(name, key, "is missing")
+            raise _error(name, f"{key} is missing")
 
 
-def _check(value: Any, expected: Any, key: str, name: str) -> None:
-    if isinstance(expected, Kind):
-        if not expected.accepts(value):
-            raise _error(name, key, f"is {_short(value)}, not {expected.name}")
-    elif isinstance(expected, tuple):
-        if value is not None:
-            _check(value, expected[1], key, name)
-    elif isinstance(expected, list):
-        if not isinstance(value, (list, tuple)):
-            raise _error(name, key, f"is {_short(value)}, not a list")
-        for number, item in enumerate(value):
-            _check(item, expected[0], f"{key}.{number}", name)
-    else:
-        if not isinstance(value, dict):
-            raise _error(name, key, f"is {_short(value)}, not a dict")
-        for part, kind in expected.items():
-            if part not in value:
-                raise _error(name, f"{key}.{part}", "is missing")
-            _check(value[part], kind, f"{key}.{part}", name)
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(reprlib.repr(value), 80)
-
-
-def _error(name: str, key: str, problem: str) -> InputError:
+def _error(name: str, fault: str) -> InputError:
     return InputError(
-        f"{name} is damaged or no checkpoint of hlbgpt: {key} {problem}; use another checkpoint"
+        f"{name} is damaged or no checkpoint of hlbgpt: {fault}; use another checkpoint"
     )
 
 
