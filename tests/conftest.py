@@ -44,7 +44,7 @@ TINY = [
     "--data.sequence_length=32",
     "--data.micro_batch_size=4",
     "--data.eval_sequence_length=32",
-    "--data.eval_batch_size=16",
+    "--data.eval_batch_size=80",
 ]
 
 

@@ -108,6 +108,7 @@ def count_graphs(module: LanguageModule) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_each_shape_of_a_schedule_is_compiled_once(
     folder: Path, tmp_path: Path, quick_compile: None
 ) -> None:

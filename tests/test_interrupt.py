@@ -101,7 +101,7 @@ def stop_code(run: Callable[..., str], *arguments: str) -> int:
         ("SIGTERM", "on_train_batch_start", 2, 2),  # and its validation
         ("SIGHUP", "on_train_batch_end", 5, 5),
         ("SIGTERM", "on_validation_start", 2, 4),
-        ("SIGINT", "on_validation_batch_end", 13, 4),
+        ("SIGINT", "on_validation_batch_end", 3, 4),
         ("SIGTERM", "on_validation_end", 1, 2),
         ("SIGTERM", "on_before_optimizer_step", 8, 8),
     ],

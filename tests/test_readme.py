@@ -234,6 +234,7 @@ def test_comparisons_of_recipes(
     assert all(name in picture for name in ("speedrun", "hlb-gpt 0.4.1", "hlb-gpt 0.1.0", "CPU"))
 
 
+@pytest.mark.slow  # CI runs it
 def test_completion_in_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bash completes after a tab, with the script that the README's command prints."""
     pytest.importorskip("shtab")
@@ -252,6 +253,7 @@ def test_completion_in_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert done.stdout.split() == [completed]
 
 
+@pytest.mark.slow  # CI runs it
 def test_commands_and_files_in_their_order(
     hlbgpt: Callable[..., str],
     tiny: list[str],

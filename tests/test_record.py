@@ -37,7 +37,14 @@ def arguments(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
         f"--data.source.{split}={text / f'wiki.{name}.raw'}"
         for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
     ]
-    return [*QUICKSTART, "--data.source=hlbgpt.data.TextFiles", *files, cache, *TINY]
+    return [
+        *QUICKSTART,
+        "--data.source=hlbgpt.data.TextFiles",
+        *files,
+        cache,
+        *TINY,
+        "--data.eval_batch_size=16",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +147,7 @@ def test_the_record_has_what_the_checkpoint_measures(
     hlbgpt("fit", *arguments, f"--trainer.precision={precision}", NEVER)
     Path("keep.py").write_text(KEEP)
     keep = f"--config={RUN / 'config.yaml'}", "--trainer.callbacks+=keep.Keep"
-    for size in (1, 16, 200):
+    for size in (1, 200):
         hlbgpt("validate", *keep, f"--ckpt_path={LAST}", f"--data.eval_batch_size={size}")
         value = float(Path(f"{size}.txt").read_text())
         # Products of another shape round differently in bfloat16.
