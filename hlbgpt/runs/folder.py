@@ -4,9 +4,9 @@ import contextlib
 import glob
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -18,9 +18,10 @@ from hlbgpt.utils.files import locked
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
 _CLAIMED = "HLBGPT_RUN_FOLDER"  # environment variable, for the ranks that Lightning launches
-_FOLDERS: WeakKeyDictionary[L.Trainer, Path | None] = WeakKeyDictionary()  # of trainers without one
+_FOLDERS: weakref.WeakKeyDictionary[L.Trainer, Path | None] = (
+    weakref.WeakKeyDictionary()
+)  # of trainers without one
 _HELD: set[Path] = set()  # folders that this process holds
-_HOLDS: WeakKeyDictionary[L.Trainer, contextlib.ExitStack] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
@@ -171,8 +172,9 @@ def occupy(trainer: L.Trainer) -> None:
         require_unused(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_global_zero and folder.resolve() not in _HELD:  # by the command line, say
-        _HOLDS[trainer] = contextlib.ExitStack()
-        _HOLDS[trainer].enter_context(exclusive(folder))
+        held = contextlib.ExitStack()
+        held.enter_context(exclusive(folder))
+        weakref.finalize(trainer, held.close)
 
 
 @contextlib.contextmanager
