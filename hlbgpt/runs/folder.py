@@ -18,9 +18,8 @@ from hlbgpt.utils.files import locked
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
 _CLAIMED = "HLBGPT_RUN_FOLDER"  # environment variable, for the ranks that Lightning launches
-_FOLDERS: weakref.WeakKeyDictionary[L.Trainer, Path | None] = (
-    weakref.WeakKeyDictionary()
-)  # of trainers without one
+# Folders of trainers that were given none.
+_FOLDERS: weakref.WeakKeyDictionary[L.Trainer, Path | None] = weakref.WeakKeyDictionary()
 _HELD: set[Path] = set()  # folders that this process holds
 
 
