@@ -5,18 +5,20 @@ import errno
 import io
 import os
 import re
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import torch
 from conftest import LAST, QUICKSTART, RUN
+from helpers import forked
 from test_bad_input import error_of
 from test_interrupt import LONGER, signalled, stop_code
 from test_resume import assert_same
 
+from hlbgpt.__main__ import main
 from hlbgpt.runs import checkpoint_io
 from hlbgpt.runs.checkpoint_io import AtomicCheckpointIO, load_checkpoint, require_matching_weights
 from hlbgpt.utils.errors import InputError
@@ -29,18 +31,19 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     extra = signalled("SIGTERM", "on_train_batch_start", 5)
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *tiny, *LONGER, *extra) == 143
     before = LAST.read_bytes()
-    code = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-        "from hlbgpt.__main__ import main; main()"
-    )
-    command = [sys.executable, "-c", code, "fit", "--trust", "--ckpt_path", str(LAST)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]
+
+    def main_on_small_disk(words: list[str]) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        main(words)
+
+    log = Path("log.txt")
+    log.touch()
+    assert forked(main_on_small_disk, ["fit", "--trust", "--ckpt_path", str(LAST)], log) == 2
+    line = log.read_text().splitlines()[-1]
     assert line.startswith(f"hlbgpt: error: cannot write the checkpoint {LAST}: File too large; ")
     assert "; the previous checkpoint is kept; " in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in log.read_text()
     assert LAST.read_bytes() == before
     assert [path.name for path in LAST.parent.iterdir()] == ["last.ckpt"]
     hlbgpt("fit", "--trust", "--ckpt_path", LAST)

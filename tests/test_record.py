@@ -139,7 +139,7 @@ class Keep(L.Callback):
 """
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_the_record_has_what_the_checkpoint_measures(
     hlbgpt: Run, arguments: list[str], precision: str
 ) -> None:
