@@ -5,7 +5,6 @@ import errno
 import io
 import os
 import re
-import resource
 import signal
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +32,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     before = LAST.read_bytes()
 
     def main_on_small_disk(words: list[str]) -> None:
+        import resource  # Windows has none
+
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         main(words)
