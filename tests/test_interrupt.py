@@ -286,6 +286,9 @@ def test_a_typed_folder_is_expanded_and_never_overwritten(
     hlbgpt(*command)
     assert (tmp_path / "home/mine/record.json").is_file()
     assert "mine' holds another run; name another folder" in error_of(hlbgpt, capfd, *command)
+    checkpoint = "~/mine/checkpoints/last.ckpt"
+    assert "val_loss" in hlbgpt("validate", "--ckpt_path", checkpoint)
+    assert "val_loss" in hlbgpt("validate", *QUICKSTART, *tiny, "--ckpt_path", checkpoint)
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_curves_to_the_next(

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hlbgpt.data.sources
-from hlbgpt.cli.words import checked
+from hlbgpt.cli.words import checked, require_file
 from hlbgpt.data import (
     EvalLoader,
     HubText,
@@ -216,6 +216,8 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "data.source.folder of a TextFolder": lambda path: TextFolder(path),
     "data.source.path": lambda path: HubText(path),
     "--config": lambda path: checked(["fit", "--config", path]),
+    "ckpt_path": lambda path: checked(["fit", "--ckpt_path", path]),
+    "ckpt_path of a command with a config": require_file,
 }
 
 

@@ -181,6 +181,7 @@ class CLI(LightningCLI):
         if settings.ckpt_path is None:
             return
         self.checkpoint_path = require_file(settings.ckpt_path)
+        settings.ckpt_path = str(self.checkpoint_path)
         self.checkpoint = load_checkpoint(settings.ckpt_path)
         require_entries(self.checkpoint, RESTORED, f"ckpt_path: {settings.ckpt_path!r}")
         if self.subcommand == "fit":

@@ -52,12 +52,13 @@ def last_value(words: Sequence[str], name: str) -> str | None:
 
 def require_file(path: str | Path) -> Path:
     """The path of a checkpoint; raises InputError if there is no such file."""
-    if not Path(path).is_file():
+    found = expand_path(path, "ckpt_path")
+    if not found.is_file():
         raise InputError(
             f"ckpt_path: no file {str(path)!r}; name a checkpoint (.ckpt), or 'last' for that of "
             "the newest run"
         )
-    return Path(path)
+    return found
 
 
 def no_checkpoint(command: str) -> InputError:
@@ -86,12 +87,13 @@ def _with_stored_settings(words: list[str], trusted: bool) -> tuple[list[str], l
     if path == "last":
         root = last_value(words, "--trainer.default_root_dir")
         path = str(find_last(last_value(words, "--run_name"), root))
-    text = stored_settings(require_file(str(path)))
+    path = str(require_file(str(path)))
+    text = stored_settings(path)
     if not trusted:
-        require_own_classes(text, str(path))
+        require_own_classes(text, path)
     print(f"settings: those in {path}", file=sys.stderr)
     # Longer than any path, so that the parser cannot take it for one. The last --ckpt_path counts.
-    return ["--config", f"{text}\n#{' ' * 4096}"], [*words, "--ckpt_path", str(path)]
+    return ["--config", f"{text}\n#{' ' * 4096}"], [*words, "--ckpt_path", path]
 
 
 def require_own_classes(text: str, path: str) -> None:
