@@ -288,3 +288,11 @@ def test_out_of_memory_is_one_line(hlbgpt, run: list[str], capfd) -> None:
     words = [*run, "--trainer.callbacks+=mine.Big"]
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *words) == 2
     assert "hlbgpt: error: out of memory (tried to allocate 4" in capfd.readouterr().err
+
+
+def test_out_of_memory_in_an_optimizer_is_one_line(
+    hlbgpt, run: list[str], capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda *_: torch.empty(10**14))
+    assert stop_code(hlbgpt, "fit", *QUICKSTART, *run) == 2
+    assert "hlbgpt: error: out of memory (tried to allocate 4" in capfd.readouterr().err

@@ -24,7 +24,7 @@ from hlbgpt.models import Network
 from hlbgpt.runs.config import config_name
 from hlbgpt.runs.folder import release_claim, remove_unused_folder
 from hlbgpt.runs.logger import quiet_writers
-from hlbgpt.utils.command import output_optional
+from hlbgpt.utils.command import is_out_of_memory, output_optional
 from hlbgpt.utils.errors import DivergedError, InputError, one_line
 
 
@@ -112,7 +112,7 @@ def one_line_errors() -> Iterator[None]:
     except (InputError, OSError, DivergedError):
         raise  # a line already
     except Exception as error:
-        if (line := library_error(error)) is None:
+        if is_out_of_memory(error) or (line := library_error(error)) is None:
             raise
         raise line from error
 

@@ -103,7 +103,7 @@ def _message(error: BaseException) -> str | None:
     """What to say of an error that a user can put right; None for a bug."""
     if isinstance(error, (InputError, OSError, DivergedError)):
         return one_line(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         found = re.search(r"to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         what = f" (tried {found[0]})" if found else ""
         return (
@@ -115,7 +115,7 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether there is too little memory, on any device; torch has no one class for that."""
     words = r"out of memory|allocate memory|not enough memory"
     found = isinstance(error, RuntimeError) and re.search(words, str(error))
