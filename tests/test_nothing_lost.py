@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from conftest import CONFIGS, LAST, QUICKSTART, RUN, TINY
 from helpers import fit, forked, read_record
 from lightning.pytorch.loggers import CSVLogger
