@@ -294,6 +294,8 @@ def test_out_of_memory_is_one_line(hlbgpt, run: list[str], capfd) -> None:
 def test_out_of_memory_in_an_optimizer_is_one_line(
     hlbgpt, run: list[str], capfd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda *_: torch.empty(10**14))
+    # As if it were torch's own code.
+    code = {"__name__": "torch.optim.adamw", "empty": torch.empty}
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", eval("lambda *_: empty(10**14)", code))
     assert stop_code(hlbgpt, "fit", *QUICKSTART, *run) == 2
     assert "hlbgpt: error: out of memory (tried to allocate 4" in capfd.readouterr().err
