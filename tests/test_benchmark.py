@@ -134,6 +134,7 @@ def test_an_interrupted_run_is_resumed(
     assert "--ckpt_path" in (tmp_path / "quickstart/as_is/seed_0/output.log").read_text()
 
 
+@pytest.mark.slow
 def test_runs_are_separate_processes(
     tmp_path: Path,
     small: list[str],

@@ -32,7 +32,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "fast, capacity": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], capacity=[1.0, 1.0]),
 }
 
-SLOW_TO_COMPILE = ("fast, clusters", "fast, pointer in chunks")
+SLOW_TO_COMPILE = ("fast, clusters", "fast, pointer", "fast, pointer in chunks", "gpt in chunks")
 
 
 @pytest.fixture(params=NETWORKS)

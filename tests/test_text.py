@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hlbgpt.data import HubText, TextFiles, TextSource
+from hlbgpt.data import HubText, PythonDocs, TextFiles, TextSource
 from hlbgpt.data.hub import WIKITEXT_NAME, WIKITEXT_REVISION
 from hlbgpt.data.sources import SPLITS, file_stamps
 from hlbgpt.utils.errors import InputError
@@ -212,22 +212,17 @@ def test_stamps_follow_every_file(tmp_path: Path) -> None:
 
 
 def test_python_docs_are_documentation_and_import_none_of_it() -> None:
-    code = (
-        "import sys\n"
-        "from hlbgpt.data import PythonDocs\n"
-        "from hlbgpt.data.sources import SPLITS\n"
-        "source = PythonDocs()\n"
-        "text = {split: ''.join(source.chunks(split)) for split in SPLITS}\n"
-        "assert 'turtle' not in sys.modules and 'antigravity' not in sys.modules\n"
-        "assert 'datasets' not in sys.modules\n"
-        "assert 'Turtle graphics is a popular way' in ''.join(text.values())\n"
-        "assert 'def ' not in text['train'][:100]\n"
-        "sizes = {split: len(part.encode()) for split, part in text.items()}\n"
-        "assert sizes == {split: source.size(split) for split in SPLITS}, sizes\n"
-        "assert sizes['train'] > 1_000_000 and min(sizes.values()) > 20_000, sizes\n"
-        "titles = [set(part.split('\\n\\n')) for part in text.values()]\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    before = set(sys.modules)
+    source = PythonDocs()
+    text = {split: "".join(source.chunks(split)) for split in SPLITS}
+    assert not {"turtle", "antigravity", "datasets"} & (set(sys.modules) - before)
+    assert not {"turtle", "antigravity"} & before, "nothing could be seen"
+    assert "Turtle graphics is a popular way" in "".join(text.values())
+    assert "def " not in text["train"][:100]
+    sizes = {split: len(part.encode()) for split, part in text.items()}
+    assert sizes == {split: source.size(split) for split in SPLITS}
+    assert sizes["train"] > 1_000_000
+    assert min(sizes.values()) > 20_000
 
 
 def write_hub_cache(cache: Path, folder: Path, *, name: str, config: str, revision: str) -> None:
@@ -248,6 +243,7 @@ def write_hub_cache(cache: Path, folder: Path, *, name: str, config: str, revisi
     (there / "dataset_info.json").write_text(json.dumps(info))
 
 
+@pytest.mark.slow
 def test_offline_from_what_was_prepared(tmp_path: Path) -> None:
     """HF_DATASETS_OFFLINE=1: the data sets' own cache is enough, in the layout of a download."""
     text = " \n = Title = \n \n Some text , with é . \n"
