@@ -493,6 +493,7 @@ def params(*, own_process: bool) -> list[Any]:
     return [pytest.param(row, id=" ".join(row.words)) for row in rows]
 
 
+@pytest.mark.slow  # CI runs it
 @pytest.mark.parametrize("row", params(own_process=False))
 def test_it_works_or_is_refused_in_one_line(hlbgpt, short: list[str], capfd, row: Row) -> None:
     if row.needs and importlib.util.find_spec(row.needs):
