@@ -152,7 +152,11 @@ def remove_unused_folder() -> None:
     """Remove the folder that is still claimed: its run ended before it trained."""
     folder = Path(os.environ.get(_CLAIMED, ""))
     if folder.name and is_first_process() and not (folder / "checkpoints").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+        # Renamed first: a logger's thread that still writes would make its file anew.
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
         with contextlib.suppress(OSError):  # they hold other runs
             folder.parent.rmdir()
             folder.parents[1].rmdir()
