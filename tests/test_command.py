@@ -280,3 +280,22 @@ def test_signals_while_modules_are_imported(signum: signal.Signals, tmp_path: Pa
     )
     assert done.returncode == 128 + signum
     assert done.stderr == f"hlbgpt: stopped by {signum.name}\n"
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "name"),
+    [(Interrupted(signal.SIGTERM), 143, "SIGTERM"), (KeyboardInterrupt(), 130, "SIGINT")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_an_error_of_cleaning_up_does_not_hide_the_signal(
+    stop: BaseException, code: int, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command("prog")
+    def main() -> None:
+        try:
+            raise stop
+        finally:
+            raise OSError("Writer is closed")
+
+    assert main() == code
+    assert capsys.readouterr().err == f"prog: stopped by {name}\n"

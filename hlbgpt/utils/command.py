@@ -81,8 +81,11 @@ def command(
 
 def _exit_code(program: str, advice: str, error: BaseException) -> int | None:
     """Tell the user about `error` in one line; None, and not a word, if it is a bug."""
-    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-        error = Interrupted(signal.SIGINT)  # Lightning makes another exit of it
+    # Lightning makes another exit of Ctrl-C, and cleaning up after a signal may fail.
+    if isinstance(error.__context__, (KeyboardInterrupt, Interrupted)):
+        error = error.__context__
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
         if not error.told:
             what = "; ".join(filter(None, (stopped_by(error.signum), advice)))
