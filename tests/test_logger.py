@@ -192,6 +192,31 @@ def test_losses_by_tokens_hide_what_is_made_again(tmp_path: Path) -> None:
     assert [p.wall_time for p in found] == [10 * loss + step for step, loss in enumerate(losses)]
 
 
+def test_a_kill_while_a_run_resumes_loses_no_losses_by_tokens(tmp_path: Path) -> None:
+    """Whatever part of its events was written when it was killed."""
+    logger = open_logger(tmp_path)
+    for step in range(12):
+        logger.log_metrics({"val_loss": float(step), "tokens_seen": 100.0 * (step + 1)}, step)
+    logger.finalize("failed")
+    logger = open_logger(tmp_path, step=10, tokens=1000)
+    before = set(tmp_path.iterdir())
+    logger.experiment.close()
+    *_, last = sorted(tmp_path.glob("events*"))
+    written = {path: path.read_bytes() for path in set(tmp_path.iterdir()) - before}
+    whole = written[last]
+    cuts = [*range(0, len(whole), 37), len(whole)]
+    for kept in [{}, *({**written, last: whole[:cut]} for cut in cuts)]:
+        for path in written:
+            path.unlink(missing_ok=True)
+        for path, content in kept.items():
+            path.write_bytes(content)
+        found = scalars(tmp_path)["loss/val_loss_by_tokens"]
+        assert [(p.step, p.value) for p in found][:10] == [
+            (100 * (step + 1), float(step)) for step in range(10)
+        ]
+        assert len(found) in (10, 12)  # the steps that will be made again are hidden, or not yet
+
+
 def test_a_new_run_hides_what_an_earlier_one_left(tmp_path: Path) -> None:
     """One that was killed before its first checkpoint."""
     for loss in (5.0, 4.0):

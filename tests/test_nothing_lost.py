@@ -1,5 +1,6 @@
 """Whatever is printed, drawn, logged or stopped: a run that ended has its record."""
 
+import contextlib
 import io
 import os
 import resource
@@ -24,6 +25,7 @@ from hlbgpt.__main__ import main
 from hlbgpt.callbacks import LastCheckpoint, TimeToTarget
 from hlbgpt.cli import save_config
 from hlbgpt.runs import load_checkpoint
+from hlbgpt.runs.folder import claim_folder, remove_unused_folder
 from hlbgpt.utils.errors import DivergedError, InputError
 
 STEPS = ["--trainer.max_steps=2", "--trainer.num_sanity_val_steps=0"]
@@ -267,6 +269,32 @@ def test_a_signal_during_set_up_leaves_no_folder(
     told = [line for line in (captured.out + captured.err).splitlines() if name in line]
     assert told == [f"hlbgpt: stopped by {name}"]
     assert not Path("runs").exists()
+
+
+def test_an_unused_folder_goes_even_while_a_thread_writes_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorBoard's does, which opens its file anew for each write."""
+    monkeypatch.delenv("HLBGPT_RUN_FOLDER", raising=False)
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                (tmp_path / "runs/mine/version_0/events").open("ab").close()
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(50):
+            claim_folder(tmp_path / "runs/mine")
+            remove_unused_folder()
+            assert not (tmp_path / "runs").exists()
+    finally:
+        done.set()
+        for writer in writers:
+            writer.join()
 
 
 def test_sighup_is_ignored_under_nohup(hlbgpt, run: list[str]) -> None:

@@ -11,11 +11,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer import event_file_writer
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter, summary
 
 from hlbgpt.utils.errors import InputError
+from hlbgpt.utils.files import atomic_write
 
 TOKENS, SECONDS = "tokens_seen", "train_seconds"
 RESULT = "time_to_target"  # prefix of the figures of a run's record
@@ -83,7 +85,7 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, flush_secs: int = 10) -> None:
         self.flush_secs = flush_secs
         self._folder: Path | None = None
-        self._tokens = 0
+        self._step = self._tokens = 0
         self._writer: SummaryWriter | None = None
         self._settings_logged = False
         super().__init__("", name="", version="")
@@ -94,13 +96,13 @@ class RunLogger(TensorBoardLogger):
         What was logged there beyond `step` and `tokens` is hidden: a run that resumes from a
         checkpoint makes these steps again. A new run hides all that an earlier one left.
         """
-        self._folder, self._tokens = folder, tokens
+        self._folder, self._step, self._tokens = folder, step, tokens
         super().__init__(
             folder,
             name="",
             version="",
             default_hp_metric=False,  # settings are collected in `hparams`, and written below
-            purge_step=step + 1 if step else 0,
+            purge_step=None if step else 0,
             flush_secs=self.flush_secs,
         )
 
@@ -116,13 +118,9 @@ class RunLogger(TensorBoardLogger):
         if self._folder is None:
             raise InputError("RunLogger: no folder to log into; call `open_in(folder)` first")
         if self._writer is None:
-            earlier = scalars(self._folder) if self._tokens else {}
+            if self._step:
+                _hide_later(self._folder, self._step, self._tokens)
             self._writer = super().experiment
-            # Hidden with the rest, because their "steps" are tokens: written again.
-            for name in map(tag_by_tokens, _LOSSES):
-                for point in earlier.get(name, []):
-                    if point.step <= self._tokens:
-                        self._writer.add_scalar(name, point.value, point.step, point.wall_time)
             self._writer.add_custom_scalars(_LAYOUT)
             self._writer.flush()
         return self._writer
@@ -154,7 +152,7 @@ class RunLogger(TensorBoardLogger):
                 name: value if isinstance(value, (bool, int, float)) else str(value)
                 for name, value in dict(self.hparams).items()
             }
-            _, session_start, _ = hparams(settings, {})
+            _, session_start, _ = summary.hparams(settings, {})
             self.experiment.file_writer.add_summary(session_start)
 
     @rank_zero_only
@@ -162,6 +160,28 @@ class RunLogger(TensorBoardLogger):
         """Write what was logged to the disk."""
         if self._writer is not None:
             self._writer.flush()
+
+
+def _hide_later(folder: Path, step: int, tokens: int) -> None:
+    """Hide what was logged in `folder` after a step, in an event file that follows the others.
+
+    TensorBoard hides all points from a step on. Losses by tokens go with them, because their
+    "steps" are tokens, so the earlier ones are written again: in one file with the word to hide,
+    at once, or a process killed meanwhile would lose some.
+    """
+    earlier = scalars(folder)
+    events = [Event(file_version="brain.Event:2"), Event(step=step + 1)]
+    events[1].session_log.status = SessionLog.START
+    for name in map(tag_by_tokens, _LOSSES):
+        for point in earlier.get(name, []):
+            if point.step <= tokens:
+                value = summary.scalar(name, point.value)
+                events.append(Event(step=point.step, wall_time=point.wall_time, summary=value))
+    if files := sorted(folder.glob("events.out.tfevents.*")):
+        with atomic_write(Path(f"{files[-1]}.resumed")) as temporary, temporary.open("wb") as file:
+            writer = RecordWriter(file)
+            for event in events:
+                writer.write(event.SerializeToString())
 
 
 def scalars(folder: Path) -> dict[str, list[ScalarEvent]]:
