@@ -287,10 +287,11 @@ class RunCrashes(Crashes):
             load_checkpoint(self.place / LAST)  # raises unless it is whole
             return
         self.counts["before the first checkpoint"] += 1
-        if how != "SIGKILL" and (self.place / "runs").exists():
-            sys.exit(f"{how} before the first step has left a folder in {self.place}")
-        for run in (self.place / "runs").glob("*/version_*"):  # to be started anew
-            run.rename(self.place / f"without_checkpoint_{time.monotonic_ns()}")
+        if (left := self.place / "runs").exists():
+            if how != "SIGKILL":
+                found = sorted(str(path) for path in left.rglob("*"))
+                sys.exit(f"{how} before the first step has left {found} in {self.place}")
+            left.rename(self.place / f"without_checkpoint_{time.monotonic_ns()}")
 
 
 class BenchmarkCrashes(Crashes):
