@@ -4,6 +4,7 @@ Shapes: M matrices of R rows and C columns.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hlbgpt.optim.parameter_groups import RULES
+from hlbgpt.optim.ranks import Orthogonalize, orthogonalize_replicated, world_size
 
 
 def newton_schulz(
@@ -71,14 +73,16 @@ def muon_update(
     lr: float,
     momentum: float,
     weight_decay: float,
+    compute: Orthogonalize = orthogonalize,
 ) -> None:
     """Update matrices (R, C) of any shapes in place by a step of Muon.
 
     `momenta` are running means of the gradients, updated in place. The update looks ahead, as
-    Nesterov's does, and the weight decay is decoupled. Source: github.com/KellerJordan/Muon.
+    Nesterov's does, and the weight decay is decoupled. `compute` orthogonalizes the updates.
+    Source: github.com/KellerJordan/Muon.
     """
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-    updates = orthogonalize(list(torch._foreach_lerp(gradients, momenta, momentum)))
+    updates = compute(list(torch._foreach_lerp(gradients, momenta, momentum)))
     if weight_decay:
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
     by_scale: dict[float, list[int]] = {}
@@ -92,7 +96,9 @@ def muon_update(
 class MuonAdamW(Optimizer):
     """Updates each parameter group with Muon or with AdamW.
 
-    The parameters of a group have one dtype and are on one device.
+    The parameters of a group have one dtype and are on one device. In a distributed run, Muon's
+    work is shared out over the ranks, which have the same weights and gradients and all call
+    `step`; see `ranks.py`.
 
     Args:
         params: Groups as `parameter_groups` makes them.
@@ -159,6 +165,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        shared = partial(orthogonalize_replicated, orthogonalize)
         muon_update(
             params,
             _gradients(params),
@@ -166,6 +173,7 @@ class MuonAdamW(Optimizer):
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
+            compute=orthogonalize if world_size() == 1 else shared,
         )
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
