@@ -1,5 +1,6 @@
 """Muon shared out over ranks, held against one process; the ranks are processes on this machine."""
 
+import copy
 import functools
 import os
 import sys
@@ -11,6 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.optim.muon import orthogonalize
@@ -46,12 +54,19 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor | None:
 def train(net: nn.Module, optimizer: MuonAdamW, steps: range) -> None:
     for step in steps:
         for name, param in net.named_parameters():
-            param.grad = gradient(name, tuple(param.shape), step)
+            grad = gradient(name, tuple(param.shape), step)
+            if grad is not None and isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            param.grad = grad
         optimizer.step()
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
-    return {name: param.detach().clone() for name, param in net.named_parameters()}
+    return {name: whole(param.detach()).clone() for name, param in net.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -86,6 +101,44 @@ def orthogonalized() -> list[tuple[int, ...]]:
     return seen
 
 
+FULL = StateDictOptions(full_state_dict=True)
+
+
+def sharded(counts: dict[str, int]) -> dict[str, Any]:
+    """FSDP2's net: trained, saved whole, loaded into another, and both trained further."""
+    nets = []
+    for _ in range(2):
+        net = Net()
+        fully_shard(net)
+        nets.append((net, make_optimizer(net)))
+    (net, optimizer), (other, fresh) = nets
+    train(net, optimizer, range(2))
+    counts.clear()
+    train(net, optimizer, range(2, 3))
+    found: dict[str, Any] = {"counts": dict(counts), "weights": weights(net)}
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=FULL))
+    found |= {"empty": any(len(p.to_local()) == 0 for p in net.parameters()), "saved": saved}
+    other.load_state_dict(net.state_dict())
+    set_optimizer_state_dict(other, fresh, copy.deepcopy(saved), options=FULL)
+    train(net, optimizer, range(3, 5))
+    train(other, fresh, range(3, 5))
+    return found | {"further": weights(net), "loaded further": weights(other)}
+
+
+def refusals() -> list[str]:
+    """What the optimizer says to matrices sharded by columns, or of which one is sharded."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    messages = []
+    for placement, names in ((Shard(1), "ab"), (Shard(0), "a")):
+        net = Net("ab")
+        for name in names:
+            net.blocks[name] = nn.Parameter(distribute_tensor(net.blocks[name], mesh, [placement]))
+        with pytest.raises(ValueError, match="muon is for") as error:
+            make_optimizer(net)
+        messages.append(str(error.value))
+    return messages
+
+
 def count_collectives() -> dict[str, int]:
     """From now on, how often each collective is called."""
     counts: dict[str, int] = {}
@@ -113,6 +166,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
     counts = count_collectives()
     found = {"replicated": replicated("abcdef"), "counts": dict(counts)}
     found |= {"one matrix": replicated("b"), "orthogonalized": orthogonalized()}
+    found |= {"sharded": sharded(counts), "refusals": refusals()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -161,6 +215,40 @@ def test_each_matrix_is_orthogonalized_once_with_one_collective_a_step(ranks: An
         SHAPES.values()
     )
     assert all(rank["counts"] == {"all_gather": 3} for rank in ranks)
+
+
+def test_sharded_weights_are_as_of_one_process_with_two_collectives_a_step(ranks: Any) -> None:
+    net = Net()
+    train(net, make_optimizer(net), range(3))
+    for rank in ranks:
+        assert_close(rank["sharded"]["weights"], weights(net))
+        assert rank["sharded"]["counts"] == {"all_to_all_single": 2}
+    assert any(rank["sharded"]["empty"] for rank in ranks)  # as of the scalar
+
+
+def test_state_saved_from_shards_goes_on_sharded_and_on_one_device(ranks: Any) -> None:
+    found = ranks[0]["sharded"]
+    torch.testing.assert_close(found["further"], found["loaded further"], rtol=0, atol=0)
+    net = Net()
+    optimizer = make_optimizer(net)
+    train(net, optimizer, range(3))
+    ours = get_optimizer_state_dict(net, optimizer)
+    torch.testing.assert_close(found["saved"]["state"], ours["state"], rtol=0, atol=1e-6)
+    assert found["saved"]["param_groups"] == ours["param_groups"]
+    fresh = make_optimizer(net)
+    with torch.no_grad():
+        for name, param in net.named_parameters():
+            param.copy_(found["weights"][name])
+    set_optimizer_state_dict(net, fresh, copy.deepcopy(found["saved"]))
+    train(net, fresh, range(3, 5))
+    assert_close(weights(net), found["further"])
+
+
+def test_matrices_sharded_in_other_ways_are_refused(ranks: Any) -> None:
+    for rank in ranks:
+        by_columns, one_of_two = rank["refusals"]
+        assert by_columns == "muon is for matrices that are whole or Shard(0), not S(1)"
+        assert "groups.block_matrices: muon is for matrices that are sharded alike" in one_of_two
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

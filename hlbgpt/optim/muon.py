@@ -4,7 +4,6 @@ Shapes: M matrices of R rows and C columns.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hlbgpt.optim.parameter_groups import RULES
-from hlbgpt.optim.ranks import Orthogonalize, orthogonalize_replicated, world_size
+from hlbgpt.optim.ranks import Orthogonalize, local_shards, shard_group, share_out
 
 
 def newton_schulz(
@@ -73,12 +72,14 @@ def muon_update(
     lr: float,
     momentum: float,
     weight_decay: float,
+    shapes: list[torch.Size] | None = None,
     compute: Orthogonalize = orthogonalize,
 ) -> None:
     """Update matrices (R, C) of any shapes in place by a step of Muon.
 
     `momenta` are running means of the gradients, updated in place. The update looks ahead, as
-    Nesterov's does, and the weight decay is decoupled. `compute` orthogonalizes the updates.
+    Nesterov's does, and the weight decay is decoupled. Of sharded matrices, `matrices` are the
+    shards of this rank, `shapes` those of the whole, and `compute` orthogonalizes across ranks.
     Source: github.com/KellerJordan/Muon.
     """
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
@@ -86,7 +87,7 @@ def muon_update(
     if weight_decay:
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
     by_scale: dict[float, list[int]] = {}
-    for i, (rows, columns) in enumerate(matrix.shape for matrix in matrices):
+    for i, (rows, columns) in enumerate(shapes or [matrix.shape for matrix in matrices]):
         by_scale.setdefault(max(1.0, rows / columns) ** 0.5, []).append(i)
     for scale, members in by_scale.items():
         chosen, steps = ([every[i] for i in members] for every in (matrices, updates))
@@ -96,9 +97,9 @@ def muon_update(
 class MuonAdamW(Optimizer):
     """Updates each parameter group with Muon or with AdamW.
 
-    The parameters of a group have one dtype and are on one device. In a distributed run, Muon's
-    work is shared out over the ranks, which have the same weights and gradients and all call
-    `step`; see `ranks.py`.
+    The parameters of a group have one dtype and are on one device. In a distributed run all ranks
+    call `step` together, and Muon's work is shared out over them; see `ranks.py`. Their weights
+    and gradients are equal, or shards of one weight; the state is sharded like the weights.
 
     Args:
         params: Groups as `parameter_groups` makes them.
@@ -165,20 +166,20 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        shared = partial(orthogonalize_replicated, orthogonalize)
         muon_update(
-            params,
+            local_shards(params),
             _gradients(params),
             self._buffers(params, "momentum_buffer"),
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
-            compute=orthogonalize if world_size() == 1 else shared,
+            shapes=[param.shape for param in params],
+            compute=share_out(orthogonalize, params),
         )
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         torch._fused_adamw_(
-            params,
+            local_shards(params),
             _gradients(params),
             self._buffers(params, "exp_avg"),
             self._buffers(params, "exp_avg_sq"),
@@ -194,7 +195,10 @@ class MuonAdamW(Optimizer):
         )
 
     def _buffers(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """The state called `name` of each parameter: zeros at first, and for `step` a scalar."""
+        """The state called `name` of each parameter: zeros at first, and for `step` a scalar.
+
+        It is sharded like the parameter, and returned are the shards of this rank.
+        """
         for param in params:
             if name not in self.state[param]:
                 self.state[param][name] = (
@@ -202,18 +206,21 @@ class MuonAdamW(Optimizer):
                     if name == "step"
                     else torch.zeros_like(param)
                 )
-        return [self.state[param][name] for param in params]
+        return local_shards([self.state[param][name] for param in params])
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [param.grad for param in params if param.grad is not None]
+    return local_shards([param.grad for param in params if param.grad is not None])
 
 
 def _check_settings(name: str, group: dict[str, Any]) -> None:
     if group["method"] not in ("muon", "adamw"):
         raise ValueError(f"{name}: method {group['method']!r} is neither 'muon' nor 'adamw'")
-    if group["method"] == "muon" and any(param.ndim != 2 for param in group["params"]):
-        raise ValueError(f"{name}: muon is for matrices; use adamw")
+    if group["method"] == "muon":
+        if any(param.ndim != 2 for param in group["params"]):
+            raise ValueError(f"{name}: muon is for matrices; use adamw")
+        if len({shard_group(param) for param in group["params"]}) > 1:
+            raise ValueError(f"{name}: muon is for matrices that are sharded alike; use adamw")
     for key in ("lr", "eps", "weight_decay"):
         if not group[key] >= 0:
             raise ValueError(f"{name}: {key} {group[key]} is not 0 or more")

@@ -4,10 +4,14 @@ A rank is a process of a distributed run. All ranks make the same calls, with gr
 parameters. Results travel in bf16, which is what Newton-Schulz computes in, so that nothing is
 lost and the results of all ranks are equal to the last bit.
 
+Weights are whole on every rank, as with DDP, or sharded by rows, as with FSDP2.
+
 Shapes: matrices of R rows and C columns.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -17,9 +21,52 @@ Orthogonalize = Callable[[list[Tensor]], list[Tensor]]
 RESULT_DTYPE = torch.bfloat16
 
 
-def world_size() -> int:
-    """The number of ranks; 1 if this process is alone."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def is_distributed() -> bool:
+    """Whether this process belongs to a group of ranks, perhaps as the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def local_shards(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor, in the same memory; all of it if it is not sharded."""
+    if not is_distributed():
+        return tensors
+    from torch.distributed.tensor import DTensor  # which some builds of torch lack
+
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def shard_group(matrix: Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which `matrix` is sharded by rows; None if each has all of it.
+
+    Raises ValueError if it is sharded in another way.
+    """
+    if not is_distributed():
+        return None
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(matrix, DTensor):
+        return None
+    sharded = [i for i, place in enumerate(matrix.placements) if not place.is_replicate()]
+    if not sharded:
+        return None
+    placement = matrix.placements[sharded[0]]
+    if len(sharded) > 1 or type(placement) is not Shard or placement.dim != 0:
+        raise ValueError(f"muon is for matrices that are whole or Shard(0), not {placement}")
+    return matrix.device_mesh.get_group(sharded[0])
+
+
+def share_out(orthogonalize: Orthogonalize, matrices: list[Tensor]) -> Orthogonalize:
+    """A function that does for the local shards of `matrices` what `orthogonalize` does for them.
+
+    With several ranks, each matrix is computed by one of them; else it is `orthogonalize` itself.
+    """
+    if not is_distributed() or dist.get_world_size() == 1:
+        return orthogonalize
+    group = shard_group(matrices[0])
+    if group is None:
+        return partial(orthogonalize_replicated, orthogonalize)
+    shapes = [matrix.shape for matrix in matrices]
+    return partial(orthogonalize_sharded, orthogonalize, shapes=shapes, group=group)
 
 
 def assign(shapes: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
@@ -61,3 +108,57 @@ def orthogonalize_replicated(
         for i, part in zip(indices, parts, strict=True):
             updates[i] = part.view_as(matrices[i])
     return updates
+
+
+def orthogonalize_sharded(
+    orthogonalize: Orthogonalize,
+    shards: list[Tensor],
+    *,
+    shapes: Sequence[Sequence[int]],
+    group: dist.ProcessGroup,
+) -> list[Tensor]:
+    """The shards of `orthogonalize` of matrices (R, C), each computed by one rank of `group`.
+
+    `shards` are this rank's rows of each matrix, cut as `torch.chunk` does, so perhaps none. Two
+    all-to-alls bring all shards to the ranks that own the matrices, and all results back. What
+    they bring is as exact as without shards, since the shards travel as they are.
+    """
+    owned = assign(shapes, dist.get_world_size(group))
+    mine = owned[dist.get_rank(group)]
+    rows = [_rows_of_shards(shapes[i][0], len(owned)) for i in mine]
+    # What this rank exchanges with each of the others: its shards of their matrices, and theirs
+    # of its own.
+    sent = [sum(shards[i].numel() for i in indices) for indices in owned]
+    sizes = [
+        [cut[rank] * shapes[i][1] for i, cut in zip(mine, rows, strict=True)]
+        for rank in range(len(owned))
+    ]
+    received = [sum(of_rank) for of_rank in sizes]
+
+    order = list(chain.from_iterable(owned))
+    flat = torch.cat([shards[i].flatten() for i in order])
+    parts = _all_to_all(flat, sent, received, group).split(list(chain.from_iterable(sizes)))
+    whole = [torch.cat(parts[j :: len(mine)]).view(*shapes[i]) for j, i in enumerate(mine)]
+    results = [m.split(cut) for m, cut in zip(orthogonalize(whole), rows, strict=True)]
+    back = [result[rank].flatten() for rank in range(len(owned)) for result in results]
+    flat = torch.cat([flat[:0], *back]).to(RESULT_DTYPE)
+    flat = _all_to_all(flat, received, sent, group).to(shards[0].dtype)
+    updates = list(shards)
+    for i, part in zip(order, flat.split([shards[i].numel() for i in order]), strict=True):
+        updates[i] = part.view_as(shards[i])
+    return updates
+
+
+def _rows_of_shards(rows: int, ranks: int) -> list[int]:
+    """The number of rows of each rank's shard, cut as `torch.chunk` does."""
+    size = -(-rows // ranks)
+    return [max(0, min(size, rows - rank * size)) for rank in range(ranks)]
+
+
+def _all_to_all(
+    flat: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Send `sent[n]` numbers of `flat` to rank n, in order; returns those that come back."""
+    result = flat.new_empty(sum(received))
+    dist.all_to_all_single(result, flat, received, sent, group)
+    return result
