@@ -247,7 +247,7 @@ def test_state_saved_from_shards_goes_on_sharded_and_on_one_device(ranks: Any) -
 def test_matrices_sharded_in_other_ways_are_refused(ranks: Any) -> None:
     for rank in ranks:
         by_columns, one_of_two = rank["refusals"]
-        assert by_columns == "muon is for matrices that are whole or Shard(0), not S(1)"
+        assert by_columns == "muon is for whole matrices or Shard(0), not Shard(dim=1); use adamw"
         assert "groups.block_matrices: muon is for matrices that are sharded alike" in one_of_two
 
 

@@ -2,7 +2,7 @@
 
 A rank is a process of a distributed run. All ranks make the same calls, with gradients for the same
 parameters. Results travel in bf16, which is what Newton-Schulz computes in, so that nothing is
-lost and the results of all ranks are equal to the last bit.
+lost, and all ranks have the same results to the last bit.
 
 Weights are whole on every rank, as with DDP, or sharded by rows, as with FSDP2.
 
@@ -51,7 +51,7 @@ def shard_group(matrix: Tensor) -> dist.ProcessGroup | None:
         return None
     placement = matrix.placements[sharded[0]]
     if len(sharded) > 1 or type(placement) is not Shard or placement.dim != 0:
-        raise ValueError(f"muon is for matrices that are whole or Shard(0), not {placement}")
+        raise ValueError(f"muon is for whole matrices or Shard(0), not {placement!r}; use adamw")
     return matrix.device_mesh.get_group(sharded[0])
 
 
@@ -90,8 +90,8 @@ def orthogonalize_replicated(
 ) -> list[Tensor]:
     """`orthogonalize` of matrices that all ranks of `group` have, each computed by one of them.
 
-    One all-gather exchanges all results: simpler than one for each batch of matrices, and little
-    would be gained by computing meanwhile, since it takes less time than the products.
+    One all-gather exchanges all results. One for each batch of matrices could run while the next
+    batch is computed, but a network has about two batches, so that little would be gained.
     """
     owned = assign([matrix.shape for matrix in matrices], dist.get_world_size(group))
     sizes = [sum(matrices[i].numel() for i in indices) for indices in owned]
@@ -119,15 +119,14 @@ def orthogonalize_sharded(
 ) -> list[Tensor]:
     """The shards of `orthogonalize` of matrices (R, C), each computed by one rank of `group`.
 
-    `shards` are this rank's rows of each matrix, cut as `torch.chunk` does, so perhaps none. Two
-    all-to-alls bring all shards to the ranks that own the matrices, and all results back. What
-    they bring is as exact as without shards, since the shards travel as they are.
+    `shards` are this rank's rows of each matrix, cut as `torch.chunk` does, so perhaps none. One
+    all-to-all brings all shards, in their own dtype, to the ranks that own the matrices; another
+    brings the results back.
     """
     owned = assign(shapes, dist.get_world_size(group))
     mine = owned[dist.get_rank(group)]
     rows = [_rows_of_shards(shapes[i][0], len(owned)) for i in mine]
-    # What this rank exchanges with each of the others: its shards of their matrices, and theirs
-    # of its own.
+    # Numbers sent to each rank, for the matrices that it owns, and received from each, for ours.
     sent = [sum(shards[i].numel() for i in indices) for indices in owned]
     sizes = [
         [cut[rank] * shapes[i][1] for i, cut in zip(mine, rows, strict=True)]
