@@ -177,7 +177,7 @@ def run(world_size: int, folder: Path) -> list[dict[str, Any]]:
     processes = torch.multiprocessing.spawn(
         work, (world_size, str(folder)), nprocs=world_size, join=False
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not processes.join(timeout=5):
         if time.monotonic() > deadline:
             for process in processes.processes:
