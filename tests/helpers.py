@@ -3,8 +3,14 @@
 import itertools
 import json
 import os
+import signal
+import socket
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,7 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
 from hlbgpt.callbacks import LastCheckpoint
@@ -158,25 +165,131 @@ def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 
 
-def forked(main: Callable[[list[str]], int | None], words: list[str], log: Path) -> int:
-    """Run a command line in a fork of this process and add what it prints to `log`.
+# --- processes ------------------------------------------------------------------------------------
 
-    Returns the exit code. Unlike a new process, a fork need not import torch.
+
+def fork(target: Callable[[], int | None], log: Path | None = None, **variables: str) -> int:
+    """Run `target` in a fork of this process, which ends with its exit code; returns the PID.
+
+    Unlike a new process, a fork need not import torch.
+
+    Args:
+        target: What to run.
+        log: File to which it adds what it prints.
+        variables: Environment variables that it has besides those of this process.
     """
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            file = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
+            os.environ |= variables
+            torch.set_num_threads(1)  # threads of a pool do not survive a fork
+            if log is not None:
+                file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            sys.argv = ["hlbgpt"]
-            code = main(words) or 0
+            code = target() or 0
         except SystemExit as stop:
             code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def forked(main: Callable[[list[str]], int | None], words: list[str], log: Path) -> int:
+    """Run a command line in a fork of this process and add what it prints to `log`.
+
+    Returns the exit code.
+    """
+    return wait_for([fork(lambda: _command(main, words), log)])[0]
+
+
+def _command(main: Callable[[list[str]], int | None], words: list[str]) -> int | None:
+    sys.argv = ["hlbgpt"]
+    return main(words)
+
+
+def wait_for(processes: list[int], timeout: float = 300) -> list[int]:
+    """The exit codes of child processes; kills all of them if one takes longer than `timeout`."""
+    codes: dict[int, int] = {}
+    end = time.monotonic() + timeout
+    while len(codes) < len(processes):
+        for process in processes:
+            if process not in codes and (ended := os.waitpid(process, os.WNOHANG))[0]:
+                codes[process] = os.waitstatus_to_exitcode(ended[1])
+        if time.monotonic() > end:
+            for process in set(processes) - codes.keys():
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+            raise TimeoutError(f"{len(processes) - len(codes)} processes took over {timeout} s")
+        time.sleep(0.02)
+    return [codes[process] for process in processes]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launcher_variables(launcher: str, rank: int, number: int, port: int) -> dict[str, str]:
+    """What `torchrun` or `slurm` would tell rank `rank` of `number` processes on this machine."""
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if launcher == "torchrun":
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+        sizes = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        elastic = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
+        return store | {key: str(value) for key, value in (ranks | sizes | elastic).items()}
+    job = {"JOB_ID": 77, "JOB_NAME": "train", "NTASKS": number, "NTASKS_PER_NODE": number}
+    job |= {"NNODES": 1, "NODELIST": "127.0.0.1", "NODEID": 0, "PROCID": rank, "LOCALID": rank}
+    return store | {f"SLURM_{key}": str(value) for key, value in job.items()}
+
+
+def start_ranks(
+    main: Callable[[list[str]], int | None],
+    words: list[str],
+    *,
+    number: int,
+    launcher: str,
+    log: Path,
+) -> list[int]:
+    """Start a command line in forks, as torchrun or SLURM would; returns the PIDs by rank.
+
+    Rank r adds what it prints to `log`, with its suffix replaced by `.r`.
+    """
+    port = free_port()
+    words = [*words, f"--trainer.devices={number}", "--trainer.strategy=ddp"]
+    return [
+        fork(
+            lambda: _command(main, words),
+            log.with_suffix(f".{rank}"),
+            **launcher_variables(launcher, rank, number, port),
+        )
+        for rank in range(number)
+    ]
+
+
+def in_ranks(number: int, function: Callable[[int], Any], timeout: float = 100) -> list[Any]:
+    """What `function(rank)` returns in each of `number` forks, which are a gloo process group.
+
+    Raises AssertionError if one fails; its traceback is printed.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(rank: int) -> None:
+            where = f"tcp://127.0.0.1:{port}"
+            dist.init_process_group("gloo", init_method=where, rank=rank, world_size=number)
+            torch.save(function(rank), Path(folder, str(rank)))
+            dist.barrier()
+            dist.destroy_process_group()
+
+        codes = wait_for([fork(partial(run, rank)) for rank in range(number)], timeout)
+        assert codes == [0] * number, codes
+        return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(number)]
