@@ -118,7 +118,7 @@ def hlbgpt(
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments: str | Path) -> str:
-        for name in ("HLBGPT_RUN_FOLDER", "PL_GLOBAL_SEED"):
+        for name in ("HLBGPT_DECISIONS", "PL_GLOBAL_SEED"):
             monkeypatch.delenv(name, raising=False)
         capfd.readouterr()
         main([str(argument) for argument in arguments])
@@ -137,7 +137,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ["--data.source=hlbgpt.data.TextFiles", f"--data.source.folder={folder}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.delenv("HLBGPT_RUN_FOLDER", raising=False)
+        patch.delenv("HLBGPT_DECISIONS", raising=False)
         patch.delenv("PL_GLOBAL_SEED", raising=False)
         main(["fit", *QUICKSTART, *source, f"--data.cache_dir={place}/cache", *TINY])
     return place / LAST

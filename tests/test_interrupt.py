@@ -302,15 +302,6 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_curves_to_the_next(
     assert [step for step, _ in curves(Path("mine"))["loss/train_loss"]] == [1, 2, 3, 4]
 
 
-def test_several_processes_need_a_named_folder(
-    hlbgpt, tiny: list[str], capfd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Started by torchrun or srun, they could not agree on one."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = error_of(hlbgpt, capfd, "fit", *QUICKSTART, *tiny)
-    assert "trainer.default_root_dir: several processes were started" in message
-
-
 def test_a_run_at_its_last_token_is_over(hlbgpt, tiny: list[str], capfd) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny, "--data.max_tokens=300")
     message = error_of(hlbgpt, capfd, "fit", "--ckpt_path", str(LAST))

@@ -275,7 +275,7 @@ def test_an_unused_folder_goes_even_while_a_thread_writes_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As TensorBoard's does, which opens its file anew for each write."""
-    monkeypatch.delenv("HLBGPT_RUN_FOLDER", raising=False)
+    monkeypatch.delenv("HLBGPT_DECISIONS", raising=False)
     done = threading.Event()
 
     def write() -> None:

@@ -52,7 +52,7 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder in which a run and a run with a part of its validation split have ended."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place := tmp_path_factory.mktemp("finished"))
-        patch.delenv("HLBGPT_RUN_FOLDER", raising=False)
+        patch.delenv("HLBGPT_DECISIONS", raising=False)
         main(["fit", *arguments, NEVER])
         main(["fit", *arguments, NEVER, "--trainer.limit_val_batches=1", "--run_name=partial"])
     return place
@@ -267,7 +267,7 @@ def test_a_text_that_changed_is_refused_unless_it_is_named(
 def with_special_token(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place := tmp_path_factory.mktemp("special"))
-        patch.delenv("HLBGPT_RUN_FOLDER", raising=False)
+        patch.delenv("HLBGPT_DECISIONS", raising=False)
         wide = "--model.net.init_args.vocab_size=260"
         main(["fit", *arguments, NEVER, wide, "--data.special_tokens=[<a>]"])
     return place / LAST

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,14 +35,13 @@ from hlbgpt.runs.folder import (
     claim_folder,
     exclusive,
     folder_of,
-    is_first_process,
     is_unfinished,
     last_checkpoint,
     reclaim_folder,
-    require_one_process,
     require_unused,
     run_folder,
 )
+from hlbgpt.runs.ranks import decide, is_first_process, require_all_processes, restarts
 from hlbgpt.runs.sizes import build_for_weights
 from hlbgpt.runs.trust import trust_flag
 from hlbgpt.training import checks, resume
@@ -131,9 +131,8 @@ class CLI(LightningCLI):
     def _set_seed(self) -> None:
         if self.build_device is not None:
             return
-        if self.settings.seed_everything is True and is_first_process():
-            require_one_process("seed_everything", "name a seed for all of them")
-            self.settings.seed_everything = secrets.randbelow(2**32)  # Lightning would take 0
+        if self.settings.seed_everything is True:  # Lightning would take 0
+            self.settings.seed_everything = decide("seed_everything", _draw_seed)
         elif self.settings.seed_everything is False:
             forget_seed()
         try:
@@ -174,8 +173,8 @@ class CLI(LightningCLI):
         settings = self.settings
         if settings.ckpt_path == "last":
             settings.ckpt_path = str(find_last(self.run_name, settings.trainer.default_root_dir))
-        elif settings.ckpt_path is None and self.subcommand == "fit":
-            settings.ckpt_path = self._unfinished_run()
+        elif self.subcommand == "fit" and (settings.ckpt_path is None or restarts()):
+            settings.ckpt_path = self._unfinished_run() or settings.ckpt_path
         elif settings.ckpt_path is None:
             raise no_checkpoint(str(self.subcommand))
         if settings.ckpt_path is None:
@@ -189,9 +188,17 @@ class CLI(LightningCLI):
 
     def _unfinished_run(self) -> str | None:
         """The checkpoint in a typed folder: the same command again resumes the run there."""
-        root = self.settings.trainer.default_root_dir
-        path = last_checkpoint(Path(root)) if root else None
-        return str(path) if path and is_unfinished(path) else None
+        if (root := self.settings.trainer.default_root_dir) is None:
+            if restarts() and is_first_process():
+                print(
+                    "restarted: the folder of the run is not known, so a new run begins; with "
+                    "--trainer.default_root_dir FOLDER it would be resumed",
+                    file=sys.stderr,
+                )
+            return None
+        path = last_checkpoint(Path(root))
+        found = decide("ckpt_path", lambda: is_unfinished(path), required=False)
+        return str(path) if found else None
 
     def instantiate_classes(self) -> None:
         """Build what the config names; what a class refuses becomes a one-line error."""
@@ -231,9 +238,12 @@ class CLI(LightningCLI):
         elif not settings.fast_dev_run:
             kwargs |= self._folder(settings)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise InputError(f"trainer: {error}") from error
+        require_all_processes(trainer)
+        checks.require_supported_strategy(trainer)
+        return trainer
 
     def _folder(self, settings: Any) -> dict[str, Any]:
         """Give the run a folder that no other run has: runs/<run name>/version_N.
@@ -250,8 +260,7 @@ class CLI(LightningCLI):
             require_unused(folder := Path(typed))
         else:
             folder = claim_folder(RUNS / self.run_name)
-        if is_first_process():
-            self.resources.enter_context(exclusive(folder))
+        decide("lock", lambda: self.resources.enter_context(exclusive(folder)), required=False)
         loggers = [RunLogger()] if settings.logger in (None, True) else as_list(settings.logger)
         for logger in loggers:
             if isinstance(logger, RunLogger):
@@ -304,6 +313,10 @@ class CLI(LightningCLI):
             if (checkpoint := last_checkpoint(folder)).is_file():
                 words = f"--ckpt_path {checkpoint}{trust_flag(folder)} --data.prompts 'The '"
                 print(f"text: hlbgpt predict {words}")
+
+
+def _draw_seed() -> int:
+    return secrets.randbelow(2**32)
 
 
 def _same(folder: Path, other: Path) -> bool:

@@ -24,6 +24,7 @@ from hlbgpt.models import Network
 from hlbgpt.runs.config import config_name
 from hlbgpt.runs.folder import release_claim, remove_unused_folder
 from hlbgpt.runs.logger import quiet_writers
+from hlbgpt.runs.ranks import forget_decisions
 from hlbgpt.utils.command import is_out_of_memory, output_optional
 from hlbgpt.utils.errors import DivergedError, InputError, one_line
 
@@ -68,6 +69,7 @@ def build(words: Sequence[str], device: str = "cpu") -> Built:
 def run(words: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> CLI:
     """Run a command, the first of `words`; this process is left as it was."""
     release_claim()
+    forget_decisions()
     _silence_lightning()
     path = list(sys.path)
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from hlbgpt.runs.checkpoint_io import stored_settings
 from hlbgpt.runs.config import load_yaml
 from hlbgpt.runs.folder import last_checkpoint, newest_checkpoint
+from hlbgpt.runs.ranks import decide
 from hlbgpt.runs.trust import foreign_name
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import expand_path, require_regular
@@ -77,7 +78,7 @@ def find_last(name: str | None, root: str | None) -> Path:
         root: A folder of a run's own, `trainer.default_root_dir`, which is looked into instead.
     """
     if root is None:
-        return newest_checkpoint(name)
+        return Path(decide("ckpt_path", lambda: str(newest_checkpoint(name))))
     return require_file(last_checkpoint(expand_path(root, "trainer.default_root_dir")))
 
 

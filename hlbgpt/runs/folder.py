@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 
+from hlbgpt.runs.ranks import decide, is_first_process
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import locked
 
 RUNS = Path("runs")
 RECORD, CONFIG = "record.json", "config.yaml"
-_CLAIMED = "HLBGPT_RUN_FOLDER"  # environment variable, for the ranks that Lightning launches
 # Folders of trainers that were given none.
 _FOLDERS: weakref.WeakKeyDictionary[L.Trainer, Path | None] = weakref.WeakKeyDictionary()
 _HELD: set[Path] = set()  # folders that this process holds
+_claimed: list[Path] = []  # the folder of a run that has not trained yet; at most one
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
@@ -86,28 +85,10 @@ def is_unfinished(checkpoint: str | Path) -> bool:
     )
 
 
-def is_first_process() -> bool:
-    """Whether this process has rank 0, whoever launched it."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def claim_folder(parent: Path) -> Path:
-    """Make the first version_N in `parent` that does not exist, for this process alone.
-
-    Ranks that Lightning launches later use the folder that the first one made. Raises InputError
-    where another launcher has started several processes, which could not agree on a folder.
-    """
-    if (claimed := os.environ.get(_CLAIMED)) and not is_first_process():
-        return Path(claimed)
-    require_one_process("trainer.default_root_dir", "name the run's folder for all of them")
-    return reclaim_folder(_new_folder(parent))
-
-
-def require_one_process(key: str, advice: str) -> None:
-    """Raise InputError where a launcher has started several processes, which could not agree."""
-    tasks = os.environ.get("SLURM_NTASKS", "1") if SLURMEnvironment.detect() else "1"
-    if os.environ.get("WORLD_SIZE", tasks) != "1":
-        raise InputError(f"{key}: several processes were started, by torchrun or srun; {advice}")
+    """Make the first version_N in `parent` that does not exist; all processes of a run get it."""
+    folder = decide("trainer.default_root_dir", lambda: str(_new_folder(parent)))
+    return reclaim_folder(Path(folder))
 
 
 def _new_folder(parent: Path) -> Path:
@@ -130,7 +111,7 @@ def _new_folder(parent: Path) -> Path:
 
 def reclaim_folder(folder: Path) -> Path:
     """Continue in a folder that exists."""
-    os.environ[_CLAIMED] = str(folder)
+    _claimed[:] = [folder]
     return folder
 
 
@@ -144,14 +125,14 @@ def require_unused(folder: Path) -> None:
 
 def release_claim() -> None:
     """Forget the claimed folder: its run is over, or trains now and is to be kept."""
-    if is_first_process():
-        os.environ.pop(_CLAIMED, None)
+    _claimed.clear()
 
 
 def remove_unused_folder() -> None:
     """Remove the folder that is still claimed: its run ended before it trained."""
-    folder = Path(os.environ.get(_CLAIMED, ""))
-    if folder.name and is_first_process() and not (folder / "checkpoints").exists():
+    for folder in _claimed:
+        if not is_first_process() or (folder / "checkpoints").exists():
+            continue
         # Renamed first: a logger's thread that still writes would make its file anew.
         doomed = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         with contextlib.suppress(FileNotFoundError):

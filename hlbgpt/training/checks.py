@@ -10,6 +10,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    XLAStrategy,
+)
 from torch.optim import Optimizer
 
 from hlbgpt.data import TokenDataModule
@@ -25,6 +32,13 @@ _USELESS: dict[type[L.Callback], str] = {
     BatchSizeFinder: "it would change how many tokens a step trains on; set data.micro_batch_size "
     "for the memory and data.micro_batches for the step",
 }
+# Whether a strategy trains right; of a subclass, the nearest class in this table says it.
+_STRATEGIES: dict[type[Strategy], bool] = {
+    SingleDeviceStrategy: True,
+    DDPStrategy: True,
+    DeepSpeedStrategy: False,  # derived from DDPStrategy, but with optimizers of its own
+    XLAStrategy: False,
+}
 _DEFAULT_MAX_EPOCHS = 1000  # what Lightning sets where neither steps nor epochs are given
 
 
@@ -32,6 +46,7 @@ def require_fitting_together(
     stage: str, trainer: L.Trainer, net: Network, data: TokenDataModule
 ) -> None:
     """Raise InputError where trainer, network and data do not fit together in `stage`."""
+    require_supported_strategy(trainer)
     require_vocabulary(net, data)
     if stage == "predict":
         require_one_device(trainer)
@@ -75,6 +90,16 @@ def require_useful_callbacks(trainer: L.Trainer) -> None:
 
 def _useless(callback: L.Callback, why: str) -> InputError:
     return InputError(f"trainer.callbacks: {type(callback).__name__}: {why}")
+
+
+def require_supported_strategy(trainer: L.Trainer) -> None:
+    """Raise InputError for a strategy whose ranks would not train as one."""
+    kind = type(trainer.strategy)
+    if not next((_STRATEGIES[base] for base in kind.__mro__ if base in _STRATEGIES), False):
+        raise InputError(
+            f"trainer.strategy: {kind.__name__} is not supported, because its ranks would not "
+            "train as one; use ddp, or leave it out for one device"
+        )
 
 
 def require_supported(trainer: L.Trainer) -> None:
