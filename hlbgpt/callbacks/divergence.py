@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hlbgpt.runs.folder import last_checkpoint, run_folder
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.step import mean_over_ranks
 from hlbgpt.training.step_metrics import grad_norm
 from hlbgpt.utils.errors import DivergedError
 
@@ -35,7 +36,7 @@ class StopOnDivergence(L.Callback):
         # A gradient scaler meets infinities as a matter of course, and skips such a step.
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             norm = grad_norm(list(pl_module.parameters()))
-            self._require_finite(trainer, step, "gradient norm", norm)
+            self._require_finite(trainer, step, "gradient norm", norm.item())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_losses(trainer)
@@ -43,36 +44,34 @@ class StopOnDivergence(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = trainer.callback_metrics.get("val_loss")
         if trainer.state.fn == "fit" and not trainer.sanity_checking and loss is not None:
-            self._require_finite(trainer, trainer.global_step, "val_loss", loss)
+            self._require_finite(trainer, trainer.global_step, "val_loss", loss.item())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_losses(trainer)
 
     def _check_losses(self, trainer: L.Trainer) -> None:
-        """Check the losses since the last time; waits for the device once."""
+        """Check the losses of all ranks since the last time; waits for the device once."""
         if not self._unchecked:
             return
-        means = torch.stack([torch.stack(losses).mean() for _, losses in self._unchecked]).tolist()
+        losses = torch.stack([torch.stack(losses).mean() for _, losses in self._unchecked])
         steps = [step for step, _ in self._unchecked]
         self._unchecked = []
-        for step, loss in zip(steps, means, strict=True):
+        for step, loss in zip(steps, mean_over_ranks(losses).tolist(), strict=True):
             if not math.isfinite(loss):
                 break
             self._last_finite = step, loss
         self._require_finite(trainer, step, "train loss", loss)
 
-    def _require_finite(
-        self, trainer: L.Trainer, step: int, name: str, value: Tensor | float
-    ) -> None:
-        """Raise DivergedError, on every rank, if `value` is not finite on one of them."""
-        value = float(value)
-        if not trainer.strategy.reduce_boolean_decision(not math.isfinite(value), all=False):
+    def _require_finite(self, trainer: L.Trainer, step: int, name: str, value: float) -> None:
+        """Raise DivergedError if `value`, which is the same on every rank, is not finite."""
+        if math.isfinite(value):
             return
-        what = f"is {value}" if not math.isfinite(value) else "is not finite on another rank"
         last = "no loss was finite"
         if self._last_finite:
             last = "the last finite loss was {1:.4f} at step {0}".format(*self._last_finite)
-        raise DivergedError(f"diverged: {name} {what} at step {step}; {last}; {_advice(trainer)}")
+        raise DivergedError(
+            f"diverged: {name} is {value} at step {step}; {last}; {_advice(trainer)}"
+        )
 
 
 def _advice(trainer: L.Trainer) -> str:

@@ -35,11 +35,11 @@ class SequenceLengthDoubling(StepShape):
 
     def _shapes(self, module: LanguageModule) -> list[tuple[int, int]]:
         """(B, T) for each sequence length."""
-        longest = module.data.sequence_length
+        longest, (_, windows) = module.data.sequence_length, module.data.device_batch
         lengths = [min(self.initial, longest)]
         while lengths[-1] < longest:
             lengths.append(min(2 * lengths[-1], longest))
-        return [(module.data.micro_batch_size * longest // length, length) for length in lengths]
+        return [(windows * longest // length, length) for length in lengths]
 
     def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
         # As in hlb-gpt, whose steps are counted from 0: a step whose number is a multiple of

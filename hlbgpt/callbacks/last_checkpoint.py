@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch.nn.utils import get_total_norm
 
 from hlbgpt.callbacks.signals import Signals
+from hlbgpt.callbacks.vote import Vote
 from hlbgpt.runs.checkpoint_io import require_readable_states
 from hlbgpt.runs.folder import last_checkpoint, occupy, run_folder
 from hlbgpt.runs.trust import trust_flag
@@ -32,7 +32,8 @@ class LastCheckpoint(Checkpoint):
 
     SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and, on SLURM, the signal that announces
     the end of the job let the run finish its step, and the validation after it, then save and stop.
-    A second one of the same kind stops the run at once, unless it is SIGHUP.
+    A second one of the same kind stops the run at once, unless it is SIGHUP. On several devices it
+    is enough that one process gets the signal; all stop after the same step, within seconds.
 
     Training resumes exactly from these checkpoints because they are saved where Lightning's state
     is consistent: after a step without a validation, or after the validation. Add Lightning's
@@ -53,7 +54,7 @@ class LastCheckpoint(Checkpoint):
             )
         self.every_minutes = every_minutes
         self.saved_step, self._saved_at = -1, 0.0
-        self._signals = Signals()
+        self._signals, self._vote = Signals(), Vote()
 
     # --- checks before training -----------------------------------------------------------------
 
@@ -81,12 +82,15 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
-        self._signals.catch()
+        self._signals.catch(trainer)
+        self._vote.begin(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LanguageModule)
         followed_by_validation = pl_module.validation_due or trainer.should_stop
-        if pl_module.ends_step and not followed_by_validation:
+        if followed_by_validation or not pl_module.ends_step:
+            return
+        if self._vote.is_due(trainer.global_step):
             self._save_or_stop(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,12 +109,18 @@ class LastCheckpoint(Checkpoint):
     def _save_or_stop(self, trainer: L.Trainer, module: LanguageModule) -> None:
         due = time.monotonic() - self._saved_at >= 60 * self.every_minutes
         # The ranks decide together: their clocks differ, and only one may have got the signal.
-        decide = trainer.strategy.reduce_boolean_decision
-        if not decide(due or self._signals.received is not None, all=False):
+        signum, saves = self._vote.largest(step := trainer.global_step, self._signum, due)
+        if not (signum or saves):
             return
         self._save(trainer, module)
-        if decide(self._signals.received is not None, all=False):
-            self._stop(trainer, module)
+        (signum,) = self._vote.largest(step, signum or self._signum)  # it may have come meanwhile
+        if signum:
+            self._stop(trainer, module, signum)
+
+    @property
+    def _signum(self) -> int:
+        """The signal that this process has got, or 0."""
+        return self._signals.received or 0
 
     def _save(self, trainer: L.Trainer, module: LanguageModule) -> None:
         if (folder := run_folder(trainer)) is None:
@@ -141,18 +151,21 @@ class LastCheckpoint(Checkpoint):
     # --- signals ------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._signals.catch()
+        self._signals.catch(trainer)
+        self._vote.begin(trainer.global_step)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
     ) -> None:
-        if (
-            trainer.sanity_checking and self._signals.received is not None
-        ):  # nothing to be saved yet
-            self._stop(trainer, pl_module)
+        if trainer.sanity_checking and trainer.world_size == 1 and self._signum:
+            self._stop(trainer, pl_module, self._signum)  # nothing to be saved yet
 
-    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signum = self._signals.received or signal.SIGTERM  # another rank may have got it
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (signum,) = self._vote.largest(trainer.global_step, self._signum)
+        if signum:
+            self._stop(trainer, pl_module, signum)
+
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, signum: int) -> None:
         stopped, folder = stopped_by(signum), run_folder(trainer)
         if trainer.sanity_checking or folder is None:
             pl_module.print(f"{stopped} before the first step")
@@ -161,7 +174,7 @@ class LastCheckpoint(Checkpoint):
                 f"{stopped} after step {trainer.global_step}; resume with: "
                 f"hlbgpt fit --ckpt_path {last_checkpoint(folder)}{trust_flag(folder)}"
             )
-            self._signals.requeue(folder)
+            self._signals.requeue(trainer, folder, signum)
         raise Interrupted(signum, told=True)
 
     def on_exception(

@@ -1,6 +1,7 @@
 """The record of a run: its figures as JSON, as a table, and in the logs."""
 
 import io
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from rich.console import Console as Terminal
 from rich.table import Table
 
 from hlbgpt.callbacks.target import Milestone
+from hlbgpt.callbacks.token_schedule import TokenSchedule
 from hlbgpt.runs.folder import CONFIG, run_folder
 from hlbgpt.runs.logger import RESULT
 from hlbgpt.training.checks import callbacks_of
@@ -30,7 +32,7 @@ def make_record(
     config = folder / CONFIG if folder else None
     return {
         **result,
-        "caveats": caveats(module, result["validation"]),
+        "caveats": caveats(trainer, module, result["validation"]),
         "milestones": [c.figures() for c in callbacks_of(trainer) if isinstance(c, Milestone)],
         "step": trainer.global_step,
         "tokens": module.tokens_seen,
@@ -43,6 +45,10 @@ def make_record(
         "device": device_name(device),
         "driver": driver_version() if device.type == "cuda" else None,
         "devices": trainer.world_size,
+        # Of the last step, on all devices together.
+        "step_tokens": prod(module.step_shape)
+        * trainer.accumulate_grad_batches
+        * trainer.world_size,
         "peak_memory_bytes": peak_memory(device),
         "torch": torch.__version__,
         "lightning": L.__version__,
@@ -51,7 +57,9 @@ def make_record(
     }
 
 
-def caveats(module: LanguageModule, validation: dict[str, Any] | None) -> list[str]:
+def caveats(
+    trainer: L.Trainer, module: LanguageModule, validation: dict[str, Any] | None
+) -> list[str]:
     """What makes the result no record that others can be compared with; none for a whole run."""
     found, usual = [], min(BENCHMARK_WINDOW, module.net.max_sequence_length or BENCHMARK_WINDOW)
     if validation and not validation["complete"]:
@@ -60,6 +68,8 @@ def caveats(module: LanguageModule, validation: dict[str, Any] | None) -> list[s
         found.append(f"validated in windows of {length} tokens instead of {usual}")
     if (texts := len(module.train_texts)) > 1:
         found.append(f"trained on {texts} texts, one after the other")
+    for schedule in (c for c in callbacks_of(trainer) if isinstance(c, TokenSchedule)):
+        found += schedule.other_sizes(trainer.world_size)
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from hlbgpt.utils.command import STOPS, Interrupted
@@ -26,7 +27,7 @@ class Signals:
         self.received: int | None = None
         self._earlier: dict[int, Any] = {}  # handlers that ours replaced
 
-    def catch(self) -> None:
+    def catch(self, trainer: L.Trainer) -> None:
         """Begin to note signals; in the main thread only, because others get none."""
         if self._earlier or threading.current_thread() is not threading.main_thread():
             return
@@ -39,15 +40,25 @@ class Signals:
             for signum in caught
             if signal.getsignal(signum) != signal.SIG_IGN  # as `nohup` asks for
         }
+        # Before each step on several devices, Lightning sends whether its handler, which ours has
+        # replaced, has seen a SIGTERM, and the host waits for its device to read the answer.
+        if hasattr(loop := trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
+            setattr(loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010 (mypy)
 
     def release(self) -> None:
         """Training is over; Lightning has put the earlier handlers back."""
         self._earlier = {}
 
-    def requeue(self, folder: Path) -> None:
-        """Let Lightning's handler put the SLURM job back in the queue, if that was asked for."""
-        if self.received == signal.SIGUSR1 and callable(self._earlier[signal.SIGUSR1]):
-            self._earlier[signal.SIGUSR1](signal.SIGUSR1, None)
+    def requeue(self, trainer: L.Trainer, folder: Path, signum: int) -> None:
+        """Let Lightning's handler put the SLURM job back in the queue, if `signum` asks for that.
+
+        All ranks must ask, whichever of them has got the signal.
+        """
+        handler = self._earlier.get(signum)
+        if signum != signal.SIGUSR1 or not callable(handler):
+            return
+        handler(signum, None)
+        if trainer.is_global_zero:
             # It also saves a checkpoint, which Lightning would prefer to last.ckpt from then on.
             for path in folder.glob("hpc_ckpt_*.ckpt"):
                 path.unlink()

@@ -40,7 +40,7 @@ class EstimatedBatchSize(StepShape):
 
     A subclass updates the estimate once the gradients of a step are ready, and calls `draw`. With
     `data.micro_batches` above 1, that many micro-batches count as one: four of 16 windows train
-    like one of 64.
+    like one of 64. Several devices share out the windows of each.
 
     Attributes:
         estimate: Best number of micro-batches of a step, by the rule of the subclass.
@@ -58,7 +58,7 @@ class EstimatedBatchSize(StepShape):
         self.micro_batches = max(1, whole + (coin < self.estimate - whole))
 
     def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
-        return {"micro_batches": self.micro_batches * module.data.micro_batches}
+        return {"micro_batches": self.micro_batches * module.data.device_batch[0]}
 
     def state_dict(self) -> dict[str, Any]:
         return {"estimate": self.estimate, "micro_batches": self.micro_batches}

@@ -62,7 +62,23 @@ class TokenSchedule(StepShape):
         module.train_shapes = step_shapes(self.steps)
         first = self.steps[0]
         module.data.micro_batch_size = first.batch_size
+        module.data.micro_batches = first.micro_batches * trainer.world_size
         module.data.sequence_length = first.sequence_length
+
+    def other_sizes(self, devices: int) -> list[str]:
+        """A line for each `step_tokens` of the table that so many devices cannot keep.
+
+        Each device takes the same number of whole windows, and at least one.
+        """
+        if devices == 1:
+            return []
+        lines: dict[str, None] = {}
+        for stage in self.steps.stages:
+            rows = [row for row in self.table if row.tokens <= stage.first_token]
+            asked = [row.step_tokens for row in rows if row.step_tokens][-1]
+            if (made := self.steps[stage.first_step].tokens(devices)) != asked:
+                lines[f"steps of {made:,} tokens on {devices} devices instead of {asked:,}"] = None
+        return list(lines)
 
     def _require_fitting(self, trainer: L.Trainer, module: LanguageModule) -> None:
         if trainer.max_steps > len(self.steps):
@@ -85,9 +101,11 @@ class TokenSchedule(StepShape):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out what fits, now that the network is on its device."""
+        assert isinstance(pl_module, LanguageModule)
+        for line in self.other_sizes(trainer.world_size):
+            pl_module.print(f"schedule.table: {line}")
         if not self.steps or self.micro_batch_tokens != "auto":
             return
-        assert isinstance(pl_module, LanguageModule)
         longest = max(stage.sequence_length for stage in self.steps.stages)
         most = max(self.steps[stage.first_step].tokens() for stage in self.steps.stages)
         with trainer.precision_plugin.forward_context():

@@ -124,6 +124,9 @@ def _silence_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Optimization stays as Lightning means it where a batch is one micro-batch.
     warnings.filterwarnings("ignore", message=".*`LightningModule.optimizer_.*hooks will not be.*")
+    # Ours are the same on all ranks already.
+    ours = r"(val|test)_(loss|perplexity|bits_per_byte|accuracy)"
+    warnings.filterwarnings("ignore", message=rf".*`self.log\('{ours}', ..., sync_dist=True.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
     # Says that a signal came, which we say ourselves.
     connector = "lightning.pytorch.trainer.connectors.signal_connector"

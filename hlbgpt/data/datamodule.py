@@ -42,9 +42,11 @@ class TokenDataModule(L.LightningDataModule):
         special_tokens: Texts that become one token each, in the text as in prompts, such as
             `["<|user|>", "<|assistant|>"]`. Their numbers follow those of the tokenizer.
         sequence_length: Predicted tokens in a training window.
-        micro_batch_size: Training windows in a micro-batch, on each device.
+        micro_batch_size: Training windows in a micro-batch, which a device must hold.
         micro_batches: Micro-batches of an optimizer step. Several small ones train like a large
-            one and need less memory. A schedule or a batch-size callback overrides it.
+            one and need less memory. Several devices share them out: a step has `micro_batches` x
+            `micro_batch_size` windows on all of them together. A schedule or a batch-size callback
+            overrides it.
         max_tokens: Training ends with the step that reaches so many tokens; no limit by default.
             A token schedule sets it to the end of its table.
         eval_sequence_length: Predicted tokens in a validation or test window. The benchmark asks
@@ -146,12 +148,21 @@ class TokenDataModule(L.LightningDataModule):
         self, batch_size: int, sequence_length: int, *, key: str = _TRAIN_SHAPE
     ) -> None:
         """Raise InputError, which names `key`, if the text is too short for such a micro-batch."""
-        self._train_loader(batch_size, sequence_length, key)
+        self._train_loader(1, batch_size, sequence_length, key)
+
+    @property
+    def device_batch(self) -> tuple[int, int]:
+        """Micro-batches of a training step on each device, and windows in one.
+
+        Raises InputError where the windows of a step cannot be shared out evenly.
+        """
+        devices = self.trainer.world_size if self.trainer else 1
+        return share_out(self.micro_batches, self.micro_batch_size, devices)
 
     # --- loaders ------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TrainLoader:
-        loader = self._train_loader(self.micro_batch_size, self.sequence_length, _TRAIN_SHAPE)
+        loader = self._train_loader(*self.device_batch, self.sequence_length, _TRAIN_SHAPE)
         if self.trainer:
             device, keeps = self.trainer.strategy.root_device, self.tokens_on_device
             if keeps is None and device.type == "cuda":
@@ -160,14 +171,16 @@ class TokenDataModule(L.LightningDataModule):
                 loader.keep_tokens_on(device)
         return loader
 
-    def _train_loader(self, batch_size: int, sequence_length: int, key: str) -> TrainLoader:
+    def _train_loader(
+        self, micro_batches: int, batch_size: int, sequence_length: int, key: str
+    ) -> TrainLoader:
         try:
             return TrainLoader(
                 self.files["train"].tokens,
                 require_whole=self.files["train"].require_whole,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
-                micro_batches=self.micro_batches,
+                micro_batches=micro_batches,
                 seed=self.seed if self.seed is not None else run_seed() or 0,
                 **self._rank(),
             )
@@ -205,6 +218,24 @@ class TokenDataModule(L.LightningDataModule):
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""
         return self.encoding.encode(text)
+
+
+def share_out(micro_batches: int, micro_batch_size: int, devices: int) -> tuple[int, int]:
+    """Cut a step of `micro_batches` x `micro_batch_size` windows into equal parts for `devices`.
+
+    Returns as few micro-batches on each device as are no larger than those, and windows in one.
+    Raises InputError where the windows cannot be shared out evenly.
+    """
+    windows, left_over = divmod(micro_batches * micro_batch_size, devices)
+    if left_over:
+        raise InputError(
+            f"data.micro_batches {micro_batches} x micro_batch_size {micro_batch_size}: "
+            f"{micro_batches * micro_batch_size} windows of a step cannot be shared out evenly "
+            f"over {devices} devices; set them to a multiple of {devices}"
+        )
+    fewest = -(-windows // micro_batch_size)
+    parts = next(number for number in range(fewest, windows + 1) if windows % number == 0)
+    return parts, windows // parts
 
 
 def _require_memory(**sizes: int) -> None:

@@ -56,8 +56,9 @@ def require_fitting_together(
         require_useful_callbacks(trainer)
         require_supported(trainer)
         require_context(net, data.sequence_length, "data.sequence_length")
-        data.require_batch(data.micro_batch_size, data.sequence_length)
-        if data.micro_batches > 1:
+        micro_batches, windows = data.device_batch
+        data.require_batch(windows, data.sequence_length)
+        if micro_batches > 1:
             require_no_accumulation(trainer, "data.micro_batches")
 
 
@@ -236,10 +237,14 @@ def require_context(net: Network, sequence_length: int, key: str) -> None:
 
 def summary(trainer: L.Trainer, net: Network, data: TokenDataModule) -> str:
     """One line that says what is about to be trained, and on what."""
-    train = data.files["train"].header
-    tokens = data.micro_batch_size * data.sequence_length * trainer.world_size
+    train, devices = data.files["train"].header, trainer.world_size
+    micro_batches, windows = data.device_batch
+    tokens = windows * data.sequence_length
+    batch = f"micro-batch: {tokens:,} tokens"
+    if devices > 1:
+        batch = f"step: {micro_batches * tokens * devices:,} tokens on {devices} devices, {batch}"
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return (
         f"{type(net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
-        f"({train.tokenizer}); micro-batch: {tokens:,} tokens; {trainer.precision}"
+        f"({train.tokenizer}); {batch}; {trainer.precision}"
     )

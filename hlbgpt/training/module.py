@@ -122,7 +122,7 @@ class LanguageModule(step.MicroBatchedModule):
         self.print(checks.summary(self.trainer, self.net, self.data))
         if not self.compile_net:
             return
-        train = self.train_shapes or [(self.data.micro_batch_size, self.data.sequence_length)]
+        train = self.train_shapes or [(self.data.device_batch[1], self.data.sequence_length)]
         evaluation = self.data.eval_batch_size, self.data.eval_sequence_length
         with self.trainer.precision_plugin.forward_context():
             self.compile_seconds += compilation.warm_up(
