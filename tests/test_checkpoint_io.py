@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,7 +93,7 @@ def test_leftovers_of_a_killed_write_go_with_the_next(hlbgpt, tiny: list[str]) -
     LAST.parent.mkdir(parents=True)
     hlbgpt("fit", *QUICKSTART, *tiny)
     last = RUN.parent / "version_1" / "checkpoints" / "last.ckpt"
-    leftover = last.with_name(".last.ckpt.123.tmp")
+    leftover = last.with_name(f".last.ckpt.{socket.gethostname()}.{2**22 + 1}.tmp")  # no such PID
     leftover.write_text("half a checkpoint")
     (last.parents[1] / "record.json").unlink()
     hlbgpt("fit", "--ckpt_path", last, "--trainer.max_steps=6")

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -68,6 +69,20 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text("whole")
     assert names(tmp_path) == [other.name, path.name]
+
+
+def test_what_others_write_is_left_alone(tmp_path: Path) -> None:
+    """Another machine, which locks may not reach; and a process of this one that is alive."""
+    path, host = tmp_path / "a", socket.gethostname()
+    other_machine = tmp_path / ".a.node7.1.tmp"
+    alive = tmp_path / f".a.{host}.{os.getppid()}.tmp"
+    old = tmp_path / ".a.node7.2.tmp"
+    for file in (other_machine, alive, old):
+        file.touch()
+    os.utime(old, (0, 0))
+    with atomic_write(path) as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == sorted([other_machine.name, alive.name, "a"])
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

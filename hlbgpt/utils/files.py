@@ -6,8 +6,10 @@ import glob
 import json
 import math
 import os
+import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from filelock import FileLock, Timeout
 from hlbgpt.utils.errors import InputError
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_OLD = 24 * 3600  # seconds since a temporary file was written to
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -92,8 +95,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The block writes to the temporary file that it is given. If the block succeeds, that file is
     flushed to the disk and renamed to `path`; if it fails, the file is removed and `path` stays
-    as it was. Temporary files that killed processes left for `path` are removed first, so only
-    one process at a time may write to a path.
+    as it was. If several processes write to a path, the last one counts. Temporary files that
+    killed processes left for `path` are removed first: those of this machine at once, those of
+    others, which may share the folder without its locks, when they are a day old.
 
     Args:
         path: The file to write, in an existing folder.
@@ -104,9 +108,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The file cannot be written.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _is_leftover(other):
+            other.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -120,6 +125,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _is_leftover(temporary: Path) -> bool:
+    """Whether the process that wrote to this temporary file, NAME.HOST.PID.tmp, is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - temporary.stat().st_mtime > _OLD:
+            return True
+    owner, _, number = temporary.stem.rpartition(".")
+    if os.name != "posix" or not owner.endswith(f".{socket.gethostname()}") or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # of another user
+        return False
+    return int(number) == os.getpid()
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
