@@ -264,7 +264,7 @@ def start_ranks(
     Rank r adds what it prints to `log`, with its suffix replaced by `.r`.
     """
     port = free_port()
-    words = [*words, f"--trainer.devices={number}", "--trainer.strategy=ddp"]
+    words = [*words, f"--trainer.devices={number}"]
     return [
         fork(
             lambda: _command(main, words),

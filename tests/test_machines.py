@@ -80,7 +80,7 @@ def peak_memory(run: Built, windows: int, length: int) -> int:
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
 def test_overlays_change_memory_and_not_what_is_learned(recipe: str, machine: Path) -> None:
     free = {  # these concern memory, speed and the device
-        "trainer": {"accelerator", "precision"},
+        "trainer": {"accelerator", "devices", "precision", "strategy"},
         "schedule": {"micro_batch_tokens"},
         "model": {"compile", "net"},
         "data": {"micro_batches", "micro_batch_size", "eval_batch_size"},

@@ -127,6 +127,8 @@ def _silence_lightning() -> None:
     # Ours are the same on all ranks already.
     ours = r"(val|test)_(loss|perplexity|bits_per_byte|accuracy)"
     warnings.filterwarnings("ignore", message=rf".*`self.log\('{ours}', ..., sync_dist=True.*")
+    # torch below 2.13 has no other name for it.
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
     # Says that a signal came, which we say ourselves.
     connector = "lightning.pytorch.trainer.connectors.signal_connector"

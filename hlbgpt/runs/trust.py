@@ -47,6 +47,9 @@ _SECTIONS = {
     "trainer": "lightning.Trainer",
 }
 _TEXTS = ("ckpt_path", "run_name")  # settings beside the sections that the parser takes as text
+# Functions that settings may name: they round gradients while those are sent.
+_HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks."
+_FUNCTIONS = {f"{_HOOKS}{kind}_compress_hook" for kind in ("bf16", "fp16")}
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _PLAIN = (str, int, float, bool, type(None), Path)
 _OF_PLAIN = (typing.Union, types.UnionType, list, tuple, Sequence)
@@ -108,6 +111,8 @@ def _foreign_text(text: str) -> Iterator[str]:
         return
     if value != text and isinstance(value, (str, list, dict)):
         yield from _foreign(value)
+    elif text in _FUNCTIONS:
+        return
     elif _IMPORT_PATH.fullmatch(text) and not _allowed_class(text):
         package = text.partition(".")[0]
         if package in sys.modules or find_spec(package):
