@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, QUICKSTART, fitting
-from helpers import free_port, in_ranks, launcher_variables, read_record, start_ranks, wait_for
+from helpers import in_ranks, launcher_variables, read_record, start_ranks, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import (
@@ -99,17 +100,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def words(name: str, tiny: list[str], *extra: str, **witness: Any) -> list[str]:
+def words(recipe: str, tiny: list[str], *extra: str, **witness: Any) -> list[str]:
     """The words of a small run of a recipe that can be shared out over 1, 2 and 3 devices."""
-    config = CONFIGS / f"{name}.yaml"
+    config = CONFIGS / f"{recipe}.yaml"
     small = [word for word in fitting(config, tiny) if not word.startswith("--schedule")]
-    if name == "speedrun":
+    if recipe == "speedrun":
         small += [TABLE, "--schedule.micro_batch_tokens=64"]
     callback = [f"--trainer.callbacks.{key}={value}" for key, value in witness.items()]
-    longer = [word for word in LONGER if name != "speedrun" or "max_steps" not in word]
-    if name == "speedrun":
+    longer = [word for word in LONGER if recipe != "speedrun" or "max_steps" not in word]
+    if recipe == "speedrun":
         longer.append("--trainer.max_steps=-1")
-    if name == "hlb041":
+    if recipe == "hlb041":
         longer.append("--data.micro_batches=1")
     return [
         *("fit", "--config", str(config), *small, *longer, *extra),
@@ -361,14 +362,18 @@ def test_slurms_signal_to_one_rank_requeues_the_job_once(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_after_a_rank_was_killed(place: Path, tiny: list[str]) -> None:
+def test_torchrun_starts_again_after_a_rank_was_killed(
+    place: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The killed rank ends all; the same command then resumes the run in its folder."""
     root = "--trainer.default_root_dir=mine_run"
     command = words("quickstart", tiny, root, name="SIGKILL", rank=1, step=8)
     often = "--checkpoint.every_minutes=1e-9"
-    port = f"--master-port={free_port()}"
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port]
-    program += ["--max-restarts=1", "-m", "hlbgpt", *command, often, "--trainer.devices=2"]
+    # Else torch connects to processes of the first start (pytorch/pytorch#135712).
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program += ["--nproc-per-node=2", "--max-restarts=1", "-m", "hlbgpt", *command, often]
+    program.append("--trainer.devices=2")
     done = subprocess.run(program, timeout=250, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     record = read_record(Path("mine_run"))
