@@ -1,6 +1,7 @@
 """Every command, file and link in the README.md files works; CI runs the two that set all up."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -68,16 +69,18 @@ def commands_of_table(document: str) -> list[str]:
     ]
 
 
-PROGRAMS = ("hlbgpt ", "tensorboard ", "python scripts/", "python tests/")
+PROGRAMS = ("hlbgpt ", "tensorboard ", "python scripts/", "python tests/", "torchrun ")
 BLOCKS = [block for document in DOCUMENTS.values() for block in blocks(document)]
 FILES = {text.splitlines()[0]: text for language, text in BLOCKS if language in ("python", "yaml")}
-SHELL = "".join(text for language, text in BLOCKS if language == "bash")
+JOBS = [text for language, text in BLOCKS if language == "bash" and text.startswith("#!")]
+SHELL = "".join(text for language, text in BLOCKS if language == "bash" and text not in JOBS)
 TYPED = re.sub(r"\\\n *", "", SHELL).splitlines()
 SETUP = [line for line in TYPED if "venv" in line]
 CHECKS = [line for line in TYPED if line.startswith(("pytest ", "ruff "))]
 COMMANDS = commands_of_table(README) + [line for line in TYPED if line not in SETUP + CHECKS]
 # Those that take hours with the recipes as they are, and a picture of them.
 RECIPES = [line for line in COMMANDS if "prox" in line or "race.svg" in line]
+SEVERAL = [line for line in COMMANDS if line.startswith("torchrun ")]
 WITH_GPT2 = [line for line in COMMANDS if "--data.tokenizer gpt2" in line]
 
 
@@ -264,7 +267,7 @@ def test_commands_and_files_in_their_order(
     hlbgpt("fit", "--config", "configs/quickstart.yaml", *tiny)
     for line in COMMANDS:
         program, words = line.split()[0], words_of(line, files)
-        if line in (*RECIPES, *WITH_GPT2):
+        if line in (*RECIPES, *WITH_GPT2, *SEVERAL):
             continue
         if words[0] == "tests/crash_test.py":  # forks
             run(*words, *FEWER[words[0]])
@@ -273,7 +276,7 @@ def test_commands_and_files_in_their_order(
             run_script([*words, *FEWER.get(words[0], []), *of_benchmark], monkeypatch)
         elif program == "tensorboard":
             assert "val_loss" in run("-m", "tensorboard.main", "--inspect", *words)
-        elif "--trainer.devices" in words:  # started by test_cli.py
+        elif "configs/machines/ddp.yaml" in words:  # started by test_ranks.py
             build(words[1:])
         else:
             check(line, words, hlbgpt(*small(words, tiny)))
@@ -284,6 +287,43 @@ def test_commands_and_files_in_their_order(
     assert Path("quickstart.safetensors").is_file()
     assert runpy.run_path("parts.py")["logits"].shape == (1, 3, 256)
     assert Path("parts/record.json").is_file()
+
+
+# Starts two processes on this machine, as srun does on its nodes.
+SRUN = """#!/bin/bash
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=1 SLURM_NODELIST=127.0.0.1 SLURM_NODEID=0
+export SLURM_JOB_NAME=train
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!
+"""
+
+
+@pytest.mark.slow
+def test_commands_for_several_machines(
+    files: dict[str, str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two processes on this one."""
+    Path("bin").mkdir()
+    arguments = shlex.join([*fitting(CONFIGS / "speedrun.yaml", tiny), "--trainer.max_steps=-1"])
+    arguments += " --trainer.devices 2 --trainer.num_nodes 1"
+    programs = {
+        "hlbgpt": f'#!/bin/bash\nexec {sys.executable} -m hlbgpt "$@" {arguments}\n',
+        "torchrun": f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@" {arguments}',
+        "srun": SRUN,
+    }
+    for name, text in programs.items():
+        Path("bin", name).write_text(text)
+        Path("bin", name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    (line,), (job,) = SEVERAL, JOBS
+    one_machine = {"--nnodes 2": "--nnodes 1", "node 8": "node 2", "node0": "localhost"}
+    for there, here in one_machine.items():
+        assert there in line
+        line = line.replace(there, here)
+    for command in (line, job):
+        subprocess.run(["bash", "-c", command], check=True, timeout=200)
+    for folder in ("runs/speedrun/version_0", "jobs/77"):
+        assert json.loads(Path(folder, "record.json").read_text())["devices"] == 2
 
 
 def test_commands_with_the_tokenizer_of_gpt2(
