@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, LAST, QUICKSTART, fitting
+from conftest import CONFIGS, LAST, QUICKSTART
 from test_text import write_hub_layout
 
 # --- runs and their folders -------------------------------------------------------------------
@@ -214,30 +214,6 @@ def test_every_option_is_explained(hlbgpt, command: str) -> None:
         "--checkpoint... .every_minutes: Minutes between two checkpoints.",
     ):
         assert text in out
-
-
-# --- more than one process --------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["quickstart", "speedrun"])
-def test_two_processes_share_a_run(name: str, tiny: list[str], tmp_path: Path) -> None:
-    """Each takes its share of training and validation; one folder, one record, the same loss."""
-    config = CONFIGS / f"{name}.yaml"
-
-    def record(*extra: str) -> dict:
-        arguments = ["--config", str(config), *fitting(config, tiny), "--trainer.precision=32-true"]
-        command = [sys.executable, "-m", "hlbgpt", "fit", *arguments, *extra]
-        subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
-        newest = max((tmp_path / "runs" / name).iterdir(), key=lambda path: path.name)
-        return json.loads((newest / "record.json").read_text())
-
-    one = record("--data.micro_batch_size=8")
-    two = record("--trainer.devices=2", "--trainer.strategy=ddp")
-    assert len(list((tmp_path / "runs" / name).iterdir())) == 2
-    assert two["devices"] == 2
-    assert (two["step"], two["tokens"]) == (one["step"], one["tokens"])
-    assert two["value"] == pytest.approx(one["value"], abs=1e-3)
 
 
 # --- real input -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What takes minutes: kills by the dozen, several processes, texts of gigabytes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) 
     sends = [f"--trainer.callbacks.{key}={value}" for key, value in values.items()]
     stopped = hlbgpt("fit", *QUICKSTART, *tiny, *two, "--trainer.callbacks+=mine.Signal", *sends)
     assert stopped.returncode == 143, stopped.stderr
-    assert "stopped by SIGTERM after step 5; resume with: " in stopped.stdout
+    assert re.search(r"stopped by SIGTERM after step [5-9]; resume with: ", stopped.stdout)
     resumed = hlbgpt("fit", "--ckpt_path", "last", "--trust")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in (tmp_path / RUN).parent.iterdir()] == ["version_0"]

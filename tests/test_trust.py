@@ -221,8 +221,12 @@ def test_a_checkpoint_without_settings_asks_for_them(
 
 
 @pytest.mark.parametrize("config", [path.name for path in sorted(CONFIGS.glob("*.yaml"))])
-def test_shipped_configs_need_no_trust(config: str) -> None:
-    cli = _parse(["fit", "--config", str(CONFIGS / config)], device="meta")
+@pytest.mark.parametrize("overlay", [None, "ddp"])
+def test_shipped_configs_need_no_trust(config: str, overlay: str | None) -> None:
+    words = ["--config", str(CONFIGS / config)]
+    if overlay:
+        words += ["--config", str(CONFIGS / "machines" / f"{overlay}.yaml")]
+    cli = _parse(["fit", *words], device="meta")
     assert foreign_name(yaml.safe_load(as_yaml(cli._parser("fit"), cli.settings))) is None
 
 
