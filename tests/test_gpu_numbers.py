@@ -182,7 +182,7 @@ def test_hlb041_attention_is_its_description(
     expected = run(lambda tokens: reference(net, tokens), bf16=False)
     for ours, theirs in zip(run(net, bf16=bf16), expected, strict=True):
         # Of a slope's gradient, a single number, most cancels.
-        assert error(ours, theirs) < bound * (10 if ours.ndim == 0 else 1)
+        assert error(ours, theirs) < bound * (10 if ours.numel() == 1 else 1)
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_hlb041_attends_by_distance_at_full_length(width: int, length: int) -> N
     net = HLB041(vocab_size=8, max_sequence_length=length, width=width, num_blocks=1)
     block, exact = net.blocks[0], copy.deepcopy(net.blocks[0]).double()
     for parameter, double in zip(block.parameters(), exact.parameters(), strict=True):
-        nn.init.normal_(parameter, std=1.0 if parameter.ndim == 0 else width**-0.5)
+        nn.init.normal_(parameter, std=1.0 if parameter.numel() == 1 else width**-0.5)
         double.data.copy_(parameter)
     x, grad = torch.randn(2, length, width), torch.randn(2, length, width)
     expected = biased_attention(x.double(), exact, width)

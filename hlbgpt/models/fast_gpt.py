@@ -197,12 +197,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         # Separate scalars, because slices of one tensor have had wrong gradients when compiled.
-        self.resid_lambda = nn.Parameter(torch.ones(()))
-        self.x0_lambda = nn.Parameter(torch.zeros(()))
+        self.resid_lambda = nn.Parameter(torch.ones(1))
+        self.x0_lambda = nn.Parameter(torch.zeros(1))
         self.token_shift = TokenShift(width) if token_shift else None
         self.attention = Attention(width, num_heads)
         self.value_embed = nn.Embedding(value_embed_size, width) if value_embed_size else None
-        self.ve_lambda = nn.Parameter(torch.zeros(())) if value_embed_size else None
+        self.ve_lambda = nn.Parameter(torch.zeros(1)) if value_embed_size else None
         self.mlp = MLP(width, fused_mlp)
 
     def forward(

@@ -92,7 +92,7 @@ class LatentBlock(nn.Module):
         self.unit = 1 << max(0, (max_sequence_length - 1).bit_length() - 8)
         self.up_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.down_proj = nn.Linear(2 * width, width, bias=False)
-        self.slope = nn.Parameter(torch.ones(()))
+        self.slope = nn.Parameter(torch.ones(1))
         nn.init.normal_(self.up_proj.weight, std=0.25 / width**0.5)
         nn.init.normal_(self.down_proj.weight, std=0.5 / width**0.5 / num_blocks)
 

@@ -78,9 +78,9 @@ class Pointer(nn.Module):
         self.q_proj = nn.Linear(width, dim + 1 + ngrams, bias=False)
         self.k_proj = nn.Linear(width, dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.log_decay = nn.Parameter(torch.tensor(-math.log(200.0)))  # of a score, per token
-        self.vocab_score = nn.Parameter(torch.tensor(7.5))
-        self.bonus = nn.ParameterList(nn.Parameter(torch.tensor(2.0)) for _ in range(ngrams))
+        self.log_decay = nn.Parameter(torch.tensor([-math.log(200.0)]))  # of a score, per token
+        self.vocab_score = nn.Parameter(torch.tensor([7.5]))
+        self.bonus = nn.ParameterList(nn.Parameter(torch.tensor([2.0])) for _ in range(ngrams))
         nn.init.zeros_(self.q_proj.weight)
         nn.init.normal_(self.k_proj.weight, std=width**-0.5)
 
