@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from torch.nn.utils import get_total_norm
 
 from hlbgpt.callbacks.signals import Signals
 from hlbgpt.callbacks.vote import Vote
@@ -17,6 +16,7 @@ from hlbgpt.runs.folder import last_checkpoint, occupy, run_folder
 from hlbgpt.runs.trust import trust_flag
 from hlbgpt.training.checks import callbacks_of
 from hlbgpt.training.module import LanguageModule
+from hlbgpt.training.step_metrics import total_norm
 from hlbgpt.utils.clock import synchronize
 from hlbgpt.utils.command import Interrupted, stopped_by
 from hlbgpt.utils.errors import DivergedError, InputError
@@ -139,7 +139,7 @@ class LastCheckpoint(Checkpoint):
 
     def _require_finite_weights(self, trainer: L.Trainer, folder: Path) -> None:
         """Weights that are not finite never replace good ones."""
-        norm = get_total_norm(trainer.lightning_module.parameters())
+        norm = total_norm(list(trainer.lightning_module.parameters()))
         if not math.isfinite(float(norm)):
             path = last_checkpoint(folder)
             kept = f"{path} still holds good ones" if path.is_file() else "nothing was saved"

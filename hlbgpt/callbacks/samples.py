@@ -39,13 +39,13 @@ class Samples(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log samples with the step of this validation's other values."""
         assert isinstance(pl_module, LanguageModule)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if not (loggers := tensorboard_loggers(trainer.loggers)):
             return
         config = dataclasses.replace(pl_module.sampling, max_new_tokens=self.max_new_tokens)
         texts = self._continue(trainer, pl_module, config)
-        for logger in loggers:
+        for logger in loggers if texts else []:  # of rank 0
             for prompt, text in zip(self.prompts, texts, strict=True):
                 name = f"samples/{prompt.strip()}"
                 logger.experiment.add_text(name, _as_code(text), trainer.global_step)
@@ -53,8 +53,6 @@ class Samples(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print samples here because the clock may still be running in `on_train_end`."""
         assert isinstance(pl_module, LanguageModule)
-        if not trainer.is_global_zero:
-            return
         pl_module.net.eval()
         rule = "-" * 80
         texts = f"\n{rule}\n".join(self._continue(trainer, pl_module, pl_module.sampling))
@@ -63,10 +61,13 @@ class Samples(L.Callback):
     def _continue(
         self, trainer: L.Trainer, module: LanguageModule, config: SamplingConfig
     ) -> list[str]:
+        """The texts, on rank 0; all ranks must call it."""
         data = module.data
         prompts = [torch.tensor(data.encode(text), device=module.device) for text in self.prompts]
-        with trainer.precision_plugin.forward_context():
-            return continue_prompts(module.net, prompts, config, data.encoding)
+        with module.whole_net() as net, trainer.precision_plugin.forward_context():
+            if not trainer.is_global_zero:
+                return []
+            return continue_prompts(net, prompts, config, data.encoding)
 
 
 def _as_code(text: str) -> str:

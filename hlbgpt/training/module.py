@@ -1,6 +1,8 @@
 """The LightningModule: network, optimizer, evaluation, and what is logged; see `step.py` too."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from hlbgpt.generation import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
 from hlbgpt.optim.build import build_optimizer
 from hlbgpt.runs import SECONDS, TOKENS, AtomicCheckpointIO, require_matching_weights
-from hlbgpt.training import checks, compilation, evaluation, resume, step, step_metrics
+from hlbgpt.training import checks, compilation, evaluation, fsdp, resume, step, step_metrics
 from hlbgpt.training.throughput import Throughput
 from hlbgpt.utils.clock import Stopwatch
 
@@ -72,6 +74,7 @@ class LanguageModule(step.MicroBatchedModule):
         self._step_values: dict[str, Any] = {}  # to be logged once the step is made
         self._resume_state: dict[str, Any] | None = None  # until training continues
         self._fitting = False
+        self._empty_net: tuple[Network, ...] = ()  # where FSDP2 has split the network's weights
 
     # --- set-up -------------------------------------------------------------------------------
 
@@ -103,10 +106,21 @@ class LanguageModule(step.MicroBatchedModule):
             self.evaluation.sum_dtype = torch.float32
 
     def configure_model(self) -> None:
-        """Compile in place, which leaves the names in checkpoints as they are."""
+        """Compile and shard in place, which leaves the names in checkpoints as they are."""
+        strategy = self.trainer.strategy
         if self.compile_net and not self.trainer.predicting:
-            device = self.trainer.strategy.root_device
-            compilation.compile_in_place(self.net, device, self.data.cache_dir)
+            compilation.compile_in_place(self.net, strategy.root_device, self.data.cache_dir)
+        if isinstance(strategy, fsdp.FSDP2Strategy) and not self._empty_net:
+            self._empty_net = (fsdp.shard(self.net, strategy.data_mesh),)
+
+    @contextlib.contextmanager
+    def whole_net(self) -> Iterator[Network]:
+        """The network with all its weights, which some ranks may run alone; all must enter."""
+        if not self._empty_net:
+            yield self.net
+            return
+        with fsdp.gathered(self.net, *self._empty_net) as net:
+            yield net
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build_optimizer(self.net, self.optimizer, self.lr_scheduler)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -44,13 +45,22 @@ class StepMetrics:
             name = group.get("name", "all")
             if (weights := before.get(name)) is not None:
                 torch._foreach_sub_(weights, [param.detach() for param in group["params"]])
-                values[f"update_norm/{name}"] = get_total_norm(weights)
+                values[f"update_norm/{name}"] = total_norm(weights)
         return values
 
 
 def grad_norm(params: list[Any]) -> Tensor:
     """Norm of the gradients of `params` taken as one vector; a scalar on the device."""
-    return get_total_norm([param.grad for param in params if param.grad is not None])
+    return total_norm([param.grad for param in params if param.grad is not None])
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Norm of `tensors` taken as one vector; a scalar on the device.
+
+    Ranks exchange the norms of weights that FSDP2 has split, so all of them must ask.
+    """
+    norm = get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def to_floats(values: dict[str, Any]) -> dict[str, float]:
