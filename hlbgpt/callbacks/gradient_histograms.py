@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hlbgpt.runs.logger import tensorboard_loggers
+from hlbgpt.training.fsdp import whole
 from hlbgpt.utils.errors import InputError, require_positive
 
 
@@ -43,11 +44,14 @@ class GradientHistograms(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         step = trainer.global_step + 1
-        if step % self.every_n_steps or not trainer.is_global_zero:
+        if step % self.every_n_steps:
             return
         loggers = tensorboard_loggers(trainer.loggers)
         for name, gradients in self._gradients(pl_module, optimizer).items():
-            values = torch.cat([gradient.float().flatten() for gradient in gradients])
+            # All ranks gather the gradients that FSDP2 has split.
+            values = torch.cat([whole(gradient).float().flatten() for gradient in gradients])
+            if not trainer.is_global_zero:
+                continue
             values = values[values.isfinite()].cpu()
             for logger in loggers if len(values) else []:
                 # The group comes after the losses, beside the norms.

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from hlbgpt.data import TokenDataModule
 from hlbgpt.models import AdaptiveSoftmax, Network
+from hlbgpt.training.fsdp import FSDP2Strategy, require_fitting_fsdp2
 from hlbgpt.utils.errors import InputError
 
 # Callbacks that would train on without a word, but not do what they promise.
@@ -36,6 +37,7 @@ _USELESS: dict[type[L.Callback], str] = {
 _STRATEGIES: dict[type[Strategy], bool] = {
     SingleDeviceStrategy: True,
     DDPStrategy: True,
+    FSDP2Strategy: True,
     DeepSpeedStrategy: False,  # derived from DDPStrategy, but with optimizers of its own
     XLAStrategy: False,
 }
@@ -47,6 +49,7 @@ def require_fitting_together(
 ) -> None:
     """Raise InputError where trainer, network and data do not fit together in `stage`."""
     require_supported_strategy(trainer)
+    require_fitting_fsdp2(trainer)
     require_vocabulary(net, data)
     if stage == "predict":
         require_one_device(trainer)
@@ -99,7 +102,7 @@ def require_supported_strategy(trainer: L.Trainer) -> None:
     if not next((_STRATEGIES[base] for base in kind.__mro__ if base in _STRATEGIES), False):
         raise InputError(
             f"trainer.strategy: {kind.__name__} is not supported, because its ranks would not "
-            "train as one; use ddp, or leave it out for one device"
+            "train as one; use ddp or fsdp2, or leave it out for one device"
         )
 
 
@@ -245,6 +248,6 @@ def summary(trainer: L.Trainer, net: Network, data: TokenDataModule) -> str:
         batch = f"step: {micro_batches * tokens * devices:,} tokens on {devices} devices, {batch}"
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return (
-        f"{type(net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
+        f"{type(net).__name__.removeprefix('FSDP')}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
         f"({train.tokenizer}); {batch}; {trainer.precision}"
     )

@@ -58,7 +58,7 @@ def warm_up(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         net.train()
         for shape in train_shapes:
-            forward_and_backward(net, net, shape, device)
+            forward_and_backward(net, shape, device)
         net.eval()
         with torch.no_grad():
             rows, length = eval_shape

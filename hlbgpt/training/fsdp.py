@@ -5,22 +5,21 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import (
-    ModelParallelStrategy,
-    ParallelStrategy,
-    StrategyRegistry,
-)
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from hlbgpt.models import Network
 from hlbgpt.utils.errors import InputError
+
+if TYPE_CHECKING:  # where they are used, since some builds of torch lack them
+    from torch.distributed.device_mesh import DeviceMesh
+
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -37,7 +36,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta = timedelta(minutes=30),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -47,12 +46,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        # Known only here, and not public: the default is the number of nodes.
+        # Not public, but known here only; by default it is the number of nodes.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @property
-    def data_mesh(self) -> DeviceMesh:
+    def data_mesh(self) -> "DeviceMesh":
         """All ranks, in one dimension."""
         return self.device_mesh["data_parallel"]
 
@@ -64,64 +63,102 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As `optimizer.state_dict()` of one device.
 
-        Lightning numbers the parameters anew, by their place in the network. Where they are sorted
-        into groups, another strategy would give each parameter the state of another.
+        Lightning would number the parameters by their place in the network. Since groups sort them
+        otherwise, another strategy would give a parameter the state of another one.
         """
         state = ParallelStrategy.optimizer_state(self, optimizer)
         return {**state, "state": {i: self._gather(of) for i, of in state["state"].items()}}
 
     def _gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Whole tensors, on the CPU of rank 0; others keep their shapes only."""
+        """Whole tensors, on the CPU of rank 0; the other ranks keep their shapes only."""
         device = "cpu" if self.is_global_zero else "meta"
         return {
-            name: value.full_tensor().to(device) if isinstance(value, DTensor) else value
+            name: whole(value).to(device) if is_split(value) else value
             for name, value in state.items()
         }
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Read a file on each rank, with all the checks of a single device."""
+        """Read the file on each rank, with the checks of a single device."""
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
         weights = {
-            name: _shard_like(own.get(name), value)
+            name: _split_like(own.get(name), value)
             for name, value in checkpoint["state_dict"].items()
         }
         self.lightning_module.load_state_dict(weights, strict=strict)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [i for group in state["param_groups"] for i in group["params"]]
-            shards = {
-                i: {name: _shard_like(param, value) for name, value in state["state"][i].items()}
+            parts = {
+                i: {name: _split_like(param, value) for name, value in state["state"][i].items()}
                 for i, param in zip(numbers, params, strict=True)
                 if i in state["state"]
             }
-            optimizer.load_state_dict({**state, "state": shards})
+            optimizer.load_state_dict({**state, "state": parts})
 
 
 # So that `--trainer.strategy fsdp2` names it.
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: weights split over devices")
 
 
-def _shard_like(param: Tensor | None, value: Any) -> Any:
-    """This rank's part of a whole `value`, split as `param`; others as they are."""
-    if not isinstance(param, DTensor) or not isinstance(value, Tensor):
-        return value
-    if value.shape != param.shape:  # such as the number of steps
+def require_fitting_fsdp2(trainer: L.Trainer) -> None:
+    """Raise InputError for settings that cannot be used with FSDP2."""
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        return
+    if trainer.precision not in _PRECISIONS:
+        raise InputError(
+            f"trainer.precision: {trainer.precision}, but with trainer.strategy fsdp2 it can be "
+            f"{', '.join(_PRECISIONS)}"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__}: it averages whole weights, and "
+                "trainer.strategy fsdp2 splits them; use ddp"
+            )
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def is_split(value: Any) -> bool:
+    """Whether `value` is a DTensor, of which this rank may have only a part."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of `tensor`. If it is split over ranks, it is gathered, and all of them must ask."""
+    return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank has of `tensor`, in the same memory; all if it is not split."""
+    return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _split_like(param: Any, value: Any) -> Any:
+    """This rank's part of a whole `value` that is split as `param`; others as they are."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_split(param) or not isinstance(value, Tensor) or value.shape != param.shape:
         return value
     # Every rank has the whole, so that nothing need be sent.
     return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
 
 
-def shard(net: Network, mesh: DeviceMesh) -> Network:
+# --- the network ----------------------------------------------------------------------------------
+
+
+def split(net: Network, mesh: "DeviceMesh") -> Network:
     """Split the weights of `net` over the ranks of `mesh`, in place.
 
     A block's weights are gathered when it runs, and those outside of blocks for a whole step.
@@ -131,33 +168,49 @@ def shard(net: Network, mesh: DeviceMesh) -> Network:
         A copy without weights, for `gathered`.
 
     Raises:
-        InputError: A parameter has no dimensions, which FSDP2 cannot split.
+        InputError: A parameter has no dimensions, or belongs to a block and to another part.
     """
-    for name, parameter in net.named_parameters():
+    from torch.distributed.fsdp import fully_shard
+
+    _require_splittable(net)
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    empty = copy.deepcopy(net, {id(tensor): tensor.to("meta") for tensor in tensors})
+    for block in dict.fromkeys(getattr(net, "blocks", ())):
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return empty
+
+
+def _require_splittable(net: Network) -> None:
+    owners: dict[Tensor, tuple[str, str]] = {}  # of each parameter: block, or "", and name
+    for name, parameter in net.named_parameters(remove_duplicate=False):
         if parameter.ndim == 0:
             raise InputError(
                 f"model.net: {name} has no dimensions, and FSDP2 splits the first one; give it "
                 "the shape (1,), or set trainer.strategy to ddp"
             )
-    tensors = itertools.chain(net.parameters(), net.buffers())
-    empty = copy.deepcopy(net, {id(tensor): tensor.to("meta") for tensor in tensors})
-    for block in getattr(net, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    return empty
+        block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
+        other, first = owners.setdefault(parameter, (block, name))
+        if other != block:
+            raise InputError(
+                f"model.net: {first} and {name} are one parameter, and FSDP2 splits each block by "
+                "itself; set trainer.strategy to ddp"
+            )
 
 
 @contextlib.contextmanager
 def gathered(net: Network, empty: Network) -> Iterator[Network]:
     """A network with all weights of `net` on each rank, which some ranks may run alone.
 
-    All ranks must enter. (Ranks that run a different number of blocks of `net` itself would gather
+    All ranks must enter. (Ranks that ran different numbers of blocks of `net` itself would gather
     different weights in the next backward pass.)
 
     Args:
         net: The network that is split.
-        empty: The copy that `shard` has made.
+        empty: The copy that `split` has made.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     parts = [module for module in net.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()

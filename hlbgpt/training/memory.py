@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from hlbgpt.models import Network
+from hlbgpt.training.fsdp import own_part
 from hlbgpt.utils.errors import InputError
 
 _USABLE = 0.85  # part of the free memory; the rest is for fragmentation and libraries
@@ -31,14 +31,15 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     if device.type != "cuda":
         return min(most, max(_CPU_TOKENS, sequence_length))
     # Gradients, and two numbers per parameter in the optimizer.
-    kept = 3 * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    kept = 3 * sum(own_part(p).nbytes for p in net.parameters() if p.requires_grad)
 
     def peak(windows: int) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
-            # `forward` bypasses torch.compile, which would compile for these shapes.
-            forward_and_backward(net.forward, net, (windows, sequence_length), device)
+            # Not compiled, which would be done for each of these shapes.
+            with torch.compiler.set_stance("force_eager"):
+                forward_and_backward(net, (windows, sequence_length), device)
         except torch.OutOfMemoryError:
             net.zero_grad(set_to_none=True)
             return math.inf
@@ -79,12 +80,12 @@ def windows_that_fit(peak: Callable[[int], float], room: float, most: int) -> in
 
 
 def forward_and_backward(
-    run: Callable[..., Tensor], net: Network, shape: tuple[int, int], device: torch.device
+    net: Network, shape: tuple[int, int], device: torch.device
 ) -> None:
-    """Run `run`, the network or its `forward`, on dummy tokens (B, T), and drop the gradients."""
+    """Run `net` on dummy tokens (B, T), and drop the gradients."""
     rows, length = shape
     # Sliced as in training, because torch.compile specializes on strides.
     batch = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        run(batch[:, :-1], batch[:, 1:]).backward()
+        net(batch[:, :-1], batch[:, 1:]).backward()
     net.zero_grad(set_to_none=True)

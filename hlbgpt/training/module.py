@@ -106,12 +106,12 @@ class LanguageModule(step.MicroBatchedModule):
             self.evaluation.sum_dtype = torch.float32
 
     def configure_model(self) -> None:
-        """Compile and shard in place, which leaves the names in checkpoints as they are."""
+        """Compile and split in place, which leaves the names in checkpoints as they are."""
         strategy = self.trainer.strategy
         if self.compile_net and not self.trainer.predicting:
             compilation.compile_in_place(self.net, strategy.root_device, self.data.cache_dir)
         if isinstance(strategy, fsdp.FSDP2Strategy) and not self._empty_net:
-            self._empty_net = (fsdp.shard(self.net, strategy.data_mesh),)
+            self._empty_net = (fsdp.split(self.net, strategy.data_mesh),)
 
     @contextlib.contextmanager
     def whole_net(self) -> Iterator[Network]:
@@ -295,7 +295,8 @@ class LanguageModule(step.MicroBatchedModule):
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> list[str]:
         """Continue prompts, (t,) int64 each; prints the texts and returns them."""
-        return continue_prompts(self.net, batch, self.sampling, self.data.encoding, self._write)
+        with self.whole_net() as net:
+            return continue_prompts(net, batch, self.sampling, self.data.encoding, self._write)
 
     def _write(self, piece: str) -> None:
         self.print(piece, end="")

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+
+from hlbgpt.training.fsdp import whole
 
 
 class StepMetrics:
@@ -57,10 +58,9 @@ def grad_norm(params: list[Any]) -> Tensor:
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Norm of `tensors` taken as one vector; a scalar on the device.
 
-    Ranks exchange the norms of weights that FSDP2 has split, so all of them must ask.
+    All ranks must ask, since they exchange the norms of weights that FSDP2 has split.
     """
-    norm = get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(get_total_norm(tensors))
 
 
 def to_floats(values: dict[str, Any]) -> dict[str, float]:
