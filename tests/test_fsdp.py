@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hlbgpt.__main__ import main
+from hlbgpt.models import GPT, Network
 from hlbgpt.runs.logger import scalars
+from hlbgpt.training import fsdp
+from hlbgpt.utils.errors import InputError
 from tests.conftest import CONFIGS, QUICKSTART, fitting
 from tests.helpers import read_record, start_ranks, wait_for
 
 SPEEDRUN = CONFIGS / "speedrun.yaml"
 FSDP = CONFIGS / "machines" / "fsdp.yaml"
-RUN = Path("version_0")
 MUON = ["--model.optimizer=hlbgpt.optim.MuonAdamW"]
 
 Fit = Callable[..., Path]
@@ -32,11 +36,11 @@ def fit(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit
         words = (*base, *fitting(Path(base[1]), tiny), f"--run_name={name}", *words)
         words = ("fit", *map(str, words), f"--trainer.strategy={strategy}")
         log = tmp_path / f"{name}.log"
-        ranks_ = start_ranks(main, list(words), number=ranks, launcher="torchrun", log=log)
-        codes = wait_for(ranks_, timeout=100)
+        started = start_ranks(main, list(words), number=ranks, launcher="torchrun", log=log)
+        codes = wait_for(started, timeout=100)
         printed = "".join(log.with_suffix(f".{rank}").read_text() for rank in range(ranks))
         assert codes == [0] * ranks, printed
-        return tmp_path / "runs" / name / RUN
+        return tmp_path / "runs" / name / "version_0"
 
     return run
 
@@ -71,7 +75,12 @@ def test_training_equals_ddp(fit: Fit) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        [*MUON, "--data.micro_batches=2", "--data.micro_batch_size=6", "--trainer.gradient_clip_val=0.5"],
+        [
+            *MUON,
+            "--data.micro_batches=2",
+            "--data.micro_batch_size=6",
+            "--trainer.gradient_clip_val=0.5",
+        ],
         [
             "--data.micro_batch_size=6",
             "--trainer.callbacks+=GradientHistograms",
@@ -91,3 +100,113 @@ def test_speedrun_equals_ddp(fit: Fit, precision: str) -> None:
     words = [f"--trainer.precision={precision}", "--model.net.init_args.value_embed_blocks=1"]
     split = fit("split", "fsdp2", 2, "--config", FSDP, *words, config=SPEEDRUN)
     assert_equal(split, fit("whole", "ddp", 2, *words, config=SPEEDRUN))
+
+
+@pytest.mark.slow
+def test_compiled(fit: Fit, quick_compile: None) -> None:
+    words = ["--model.compile=true", *MUON]
+    assert_equal(fit("split", "fsdp2", 2, *words), fit("whole", "ddp", 2, *words))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [[], MUON], ids=["adamw", "muon"])
+def test_runs_go_on_with_any_strategy_and_number_of_ranks(fit: Fit, optimizer: list[str]) -> None:
+    """As those do that DDP has begun: from the same state, on the same data."""
+    words = [*optimizer, "--data.micro_batch_size=6"]
+    begun = [*words, "--trainer.max_steps=2"]
+    split, whole = fit("split", "fsdp2", 2, *begun), fit("whole", "ddp", 2, *begun)
+
+    def resumed(run: Path, strategy: str, ranks: int) -> Path:
+        name = f"{run.parent.name}-{strategy}-{ranks}"
+        last = run / "checkpoints" / "last.ckpt"
+        return fit(name, strategy, ranks, *words, f"--ckpt_path={last}")
+
+    expected = resumed(whole, "ddp", 2)
+    assert len(curve(expected)) == 2
+    for start, strategy in ((split, "fsdp2"), (split, "ddp"), (whole, "fsdp2")):
+        assert_equal(resumed(start, strategy, 2), expected)
+    assert_equal(resumed(split, "fsdp2", 3), resumed(whole, "ddp", 3))
+    assert_equal(resumed(split, "auto", 1), resumed(whole, "auto", 1))
+
+
+@pytest.mark.slow
+def test_resume_is_exact(fit: Fit) -> None:
+    """To the last bit, with the same number of ranks."""
+    full = fit("full", "fsdp2", 2, *MUON)
+    begun = fit("begun", "fsdp2", 2, *MUON, "--trainer.max_steps=2")
+    last = begun / "checkpoints" / "last.ckpt"
+    resumed = fit("resumed", "fsdp2", 2, *MUON, f"--ckpt_path={last}")
+    one, other = checkpoint(full), checkpoint(resumed)
+    torch.testing.assert_close(one["state_dict"], other["state_dict"], rtol=0, atol=0)
+    states = (found["optimizer_states"][0]["state"] for found in (one, other))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert curve(full)[2:] == curve(resumed)
+
+
+@pytest.mark.slow
+def test_one_device_reads_a_checkpoint(fit: Fit, hlbgpt: Callable[..., str]) -> None:
+    """With the strategy of its run, which its settings name, or without."""
+    last = fit("split", "fsdp2", 2) / "checkpoints" / "last.ckpt"
+    one = ["--ckpt_path", last, "--trainer.devices=1", "--trainer.strategy=auto"]
+    assert "val_loss" in hlbgpt("validate", *one)
+    assert hlbgpt("predict", *one, "--data.prompts=The ").startswith("The ")
+
+
+# --- what cannot be split -------------------------------------------------------------------------
+
+
+def small() -> Network:
+    return GPT(vocab_size=16, max_sequence_length=8, width=8, num_heads=2, num_blocks=2)
+
+
+def with_scalar(net: Network) -> None:
+    net.register_parameter("gain", nn.Parameter(torch.ones(())))
+
+
+def with_shared_block(net: Network) -> None:
+    net.blocks[1].mlp = net.blocks[0].mlp  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(with_scalar, "gain has no dimensions"), (with_shared_block, "are one parameter")],
+)
+def test_network_that_cannot_be_split(change: Callable[[Network], None], message: str) -> None:
+    change(net := small())
+    with pytest.raises(InputError, match=message):
+        fsdp.split(net, None)  # type: ignore[arg-type]
+
+
+def test_gradient_scaler_is_refused() -> None:
+    strategy = fsdp.FSDP2Strategy()
+    trainer = SimpleNamespace(strategy=strategy, precision="16-mixed", callbacks=[])
+    with pytest.raises(InputError, match="16-mixed"):
+        fsdp.require_fitting_fsdp2(trainer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--trainer.strategy=fsdp2", "--trainer.callbacks+=EMAWeightAveraging"],
+            "EMAWeightAveraging: it averages whole",
+        ),
+        (
+            ["--trainer.strategy={class_path: ModelParallelStrategy}"],
+            "trainer.strategy: ModelParallelStrategy is not supported",
+        ),
+    ],
+)
+def test_refused(
+    hlbgpt: Callable[..., str],
+    tiny: list[str],
+    words: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        hlbgpt("fit", *QUICKSTART, *tiny, *words)
+    assert message in capfd.readouterr().err

@@ -49,7 +49,6 @@ def require_fitting_together(
 ) -> None:
     """Raise InputError where trainer, network and data do not fit together in `stage`."""
     require_supported_strategy(trainer)
-    require_fitting_fsdp2(trainer)
     require_vocabulary(net, data)
     if stage == "predict":
         require_one_device(trainer)
@@ -78,6 +77,7 @@ def require_static_shapes(net: Network) -> None:
 
 def require_useful_callbacks(trainer: L.Trainer) -> None:
     """Raise InputError for callbacks of Lightning's that cannot work here."""
+    require_fitting_fsdp2(trainer)
     for callback in callbacks_of(trainer):
         for kind, why in _USELESS.items():
             if isinstance(callback, kind):
@@ -247,7 +247,8 @@ def summary(trainer: L.Trainer, net: Network, data: TokenDataModule) -> str:
     if devices > 1:
         batch = f"step: {micro_batches * tokens * devices:,} tokens on {devices} devices, {batch}"
     parameters = sum(parameter.numel() for parameter in net.parameters())
+    name = type(net).__name__.removeprefix("FSDP")  # FSDP2 derives a class of its own
     return (
-        f"{type(net).__name__.removeprefix('FSDP')}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
+        f"{name}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
         f"({train.tokenizer}); {batch}; {trainer.precision}"
     )

@@ -52,7 +52,8 @@ def warm_up(
     starts as if nothing had run.
     """
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, len(train_shapes) + _OTHER_GRAPHS)
+    # Twice, because FSDP2 lets each kind of block be compiled by itself.
+    config.recompile_limit = max(config.recompile_limit, 2 * len(train_shapes) + _OTHER_GRAPHS)
     watch = Stopwatch()
     watch.start()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -19,8 +19,6 @@ from hlbgpt.utils.errors import InputError
 if TYPE_CHECKING:  # where they are used, since some builds of torch lack them
     from torch.distributed.device_mesh import DeviceMesh
 
-_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy, with the weights split over all devices.
@@ -36,7 +34,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),  # noqa: B008 (never changed)
+        timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -66,7 +64,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Lightning would number the parameters by their place in the network. Since groups sort them
         otherwise, another strategy would give a parameter the state of another one.
         """
-        state = ParallelStrategy.optimizer_state(self, optimizer)
+        state: dict[str, Any] = ParallelStrategy.optimizer_state(self, optimizer)
         return {**state, "state": {i: self._gather(of) for i, of in state["state"].items()}}
 
     def _gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,10 +112,10 @@ def require_fitting_fsdp2(trainer: L.Trainer) -> None:
     """Raise InputError for settings that cannot be used with FSDP2."""
     if not isinstance(trainer.strategy, FSDP2Strategy):
         return
-    if trainer.precision not in _PRECISIONS:
+    if trainer.precision == "16-mixed":  # as Lightning, which checks its own classes only
         raise InputError(
-            f"trainer.precision: {trainer.precision}, but with trainer.strategy fsdp2 it can be "
-            f"{', '.join(_PRECISIONS)}"
+            "trainer.precision: 16-mixed, whose gradient scaler would look at each rank's part of "
+            "the gradients only with trainer.strategy fsdp2; use bf16-mixed"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging):

@@ -79,9 +79,7 @@ def windows_that_fit(peak: Callable[[int], float], room: float, most: int) -> in
     return max(1, min(most, 1 + int((room - one) // more)))
 
 
-def forward_and_backward(
-    net: Network, shape: tuple[int, int], device: torch.device
-) -> None:
+def forward_and_backward(net: Network, shape: tuple[int, int], device: torch.device) -> None:
     """Run `net` on dummy tokens (B, T), and drop the gradients."""
     rows, length = shape
     # Sliced as in training, because torch.compile specializes on strides.
