@@ -8,9 +8,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hlbgpt.models import Network
@@ -171,8 +172,8 @@ def split(net: Network, mesh: "DeviceMesh") -> Network:
     from torch.distributed.fsdp import fully_shard
 
     _require_splittable(net)
-    tensors = itertools.chain(net.parameters(), net.buffers())
-    empty = copy.deepcopy(net, {id(tensor): tensor.to("meta") for tensor in tensors})
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta")) for p in net.parameters()}
+    empty = copy.deepcopy(net, memo | {id(b): b.to("meta") for b in net.buffers()})
     for block in dict.fromkeys(getattr(net, "blocks", ())):
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
@@ -197,8 +198,8 @@ def _require_splittable(net: Network) -> None:
 
 
 @contextlib.contextmanager
-def gathered(net: Network, empty: Network) -> Iterator[Network]:
-    """A network with all weights of `net` on each rank, which some ranks may run alone.
+def gathered(net: Network, empty: Network, *, keep_changes: bool = False) -> Iterator[Network]:
+    """All weights of `net` on each rank; yields a network that some ranks may run alone.
 
     All ranks must enter. (Ranks that ran different numbers of blocks of `net` itself would gather
     different weights in the next backward pass.)
@@ -206,21 +207,31 @@ def gathered(net: Network, empty: Network) -> Iterator[Network]:
     Args:
         net: The network that is split.
         empty: The copy that `split` has made.
+        keep_changes: Whether to keep what all ranks write into the weights of `net`.
     """
     from torch.distributed.fsdp import FSDPModule
 
+    split_parameters = dict(net.named_parameters()) if keep_changes else {}
     parts = [module for module in net.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
-    empty.train(net.training)
+    without_weights = []
     for target, source in zip(empty.modules(), net.modules(), strict=True):
+        target.training = source.training
         for name, tensor in itertools.chain(
-            source.named_parameters(recurse=False), source.named_buffers(recurse=False)
+            source.named_parameters(recurse=False, remove_duplicate=False),
+            source.named_buffers(recurse=False, remove_duplicate=False),
         ):
+            without_weights.append((target, name, getattr(target, name)))
             setattr(target, name, tensor)
     try:
         yield empty
+        weights = dict(net.named_parameters())
+        with torch.no_grad():
+            for name, parameter in split_parameters.items():
+                parameter.copy_(_split_like(parameter, weights[name]))
     finally:
-        empty.to("meta")
+        for target, name, tensor in without_weights:
+            setattr(target, name, tensor)
         for part in parts:
             part.reshard()

@@ -114,12 +114,15 @@ class LanguageModule(step.MicroBatchedModule):
             self._empty_net = (fsdp.split(self.net, strategy.data_mesh),)
 
     @contextlib.contextmanager
-    def whole_net(self) -> Iterator[Network]:
-        """The network with all its weights, which some ranks may run alone; all must enter."""
+    def whole_net(self, *, keep_changes: bool = False) -> Iterator[Network]:
+        """The network with all its weights, which some ranks may run alone; all must enter.
+
+        With FSDP2 it is a copy; see `hlbgpt.training.fsdp.gathered`.
+        """
         if not self._empty_net:
             yield self.net
             return
-        with fsdp.gathered(self.net, *self._empty_net) as net:
+        with fsdp.gathered(self.net, *self._empty_net, keep_changes=keep_changes) as net:
             yield net
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -150,7 +153,8 @@ class LanguageModule(step.MicroBatchedModule):
         elif self.net.needs_token_counts:
             # On the clock, as all that is learned or counted from the training text.
             counts = self.train_loader.token_counts(self.data.vocab_size)
-            self.net.init_from_token_counts(counts.to(self.device))
+            with self.whole_net(keep_changes=True):
+                self.net.init_from_token_counts(counts.to(self.device))
         self.throughput.begin()
 
     # --- training; the step itself is in step.py ----------------------------------------------
