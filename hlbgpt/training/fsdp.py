@@ -139,11 +139,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this rank has of `tensor`, in the same memory; all if it is not split."""
-    return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
-
-
 def _split_like(param: Any, value: Any) -> Any:
     """This rank's part of a whole `value` that is split as `param`; others as they are."""
     from torch.distributed.tensor import distribute_tensor

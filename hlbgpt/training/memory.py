@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from hlbgpt.models import Network
-from hlbgpt.training.fsdp import own_part
+from hlbgpt.optim.ranks import local_shards
 from hlbgpt.utils.errors import InputError
 
 _USABLE = 0.85  # part of the free memory; the rest is for fragmentation and libraries
@@ -31,7 +31,7 @@ def fitting_tokens(net: Network, sequence_length: int, most: int, device: torch.
     if device.type != "cuda":
         return min(most, max(_CPU_TOKENS, sequence_length))
     # Gradients, and two numbers per parameter in the optimizer.
-    kept = 3 * sum(own_part(p).nbytes for p in net.parameters() if p.requires_grad)
+    kept = 3 * sum(p.nbytes for p in local_shards([p for p in net.parameters() if p.requires_grad]))
 
     def peak(windows: int) -> float:
         torch.cuda.reset_peak_memory_stats(device)
