@@ -16,7 +16,7 @@ from hlbgpt.runs.logger import scalars
 from hlbgpt.training import fsdp
 from hlbgpt.utils.errors import InputError
 from tests.conftest import CONFIGS, QUICKSTART, fitting
-from tests.helpers import in_ranks, read_record, start_ranks, wait_for
+from tests.helpers import error, in_ranks, read_record, start_ranks, wait_for
 
 SPEEDRUN = CONFIGS / "speedrun.yaml"
 FSDP = CONFIGS / "machines" / "fsdp.yaml"
@@ -61,15 +61,25 @@ def checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def assert_equal(ours: Path, theirs: Path, rel: float = 1e-5) -> None:
+def assert_equal(ours: Path, theirs: Path, rel: float = 1e-5, near: float = 1e-3) -> None:
     """Losses, norms, weights and optimizer states, which a checkpoint has as of one device."""
     for name in ("loss/train_loss", "loss/val_loss", "weight_gradient_norm/total"):
         assert curve(ours, name) == pytest.approx(curve(theirs, name), rel=rel), name
     one, other = checkpoint(ours), checkpoint(theirs)
-    torch.testing.assert_close(one["state_dict"], other["state_dict"], rtol=1e-4, atol=1e-5)
+    assert_near(one["state_dict"], other["state_dict"], near)
     for state, expected in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
         assert state["param_groups"] == expected["param_groups"]
-        torch.testing.assert_close(state["state"], expected["state"], rtol=1e-3, atol=1e-6)
+        assert state["state"].keys() == expected["state"].keys()
+        for number, values in expected["state"].items():
+            assert_near(state["state"][number], values, near)
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], rel: float) -> None:
+    """Tensors of the same names, shapes and dtypes, with differences of small norm."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name].shape, ours[name].dtype) == (value.shape, value.dtype)
+        assert error(ours[name], value, least=1e-6) < rel, name
 
 
 def test_training_equals_ddp(fit: Fit) -> None:
@@ -102,12 +112,14 @@ def test_quickstart_equals_ddp(fit: Fit, words: list[str], ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "rel"), [("32-true", 1e-5), ("bf16-mixed", 1e-4)])
-def test_speedrun_equals_ddp(fit: Fit, precision: str, rel: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "rel", "near"), [("32-true", 1e-5, 1e-3), ("bf16-mixed", 1e-4, 0.05)]
+)
+def test_speedrun_equals_ddp(fit: Fit, precision: str, rel: float, near: float) -> None:
     """With token counts, a pointer, clusters, value embeddings, and Muon."""
     words = [f"--trainer.precision={precision}", "--model.net.init_args.value_embed_blocks=1"]
     split = fit("split", "", 2, "--config", FSDP, *words, config=SPEEDRUN)
-    assert_equal(split, fit("whole", "ddp", 2, *words, config=SPEEDRUN), rel)
+    assert_equal(split, fit("whole", "ddp", 2, *words, config=SPEEDRUN), rel, near)
 
 
 @pytest.mark.slow
