@@ -15,7 +15,7 @@ from helpers import names, synthetic_encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hlbgpt.data.tokenizer as tokenizer
+import hlbgpt.data.encoder as encoder
 from hlbgpt.data.sources import TextFiles, TextSource
 from hlbgpt.data.token_file import DamagedFileError, TokenFile, prepare_token_file, token_file_path
 from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -262,8 +262,8 @@ def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_CACHED_PIECES", 500)
-    monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 1 << 12)
+    monkeypatch.setattr(encoder, "_CACHED_PIECES", 500)
+    monkeypatch.setattr(encoder, "_CHUNK_CHARS", 1 << 12)
 
     def peak(count: int) -> int:
         tracemalloc.start()

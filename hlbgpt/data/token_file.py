@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from rich import progress
 
+from hlbgpt.data.encoder import Encoder
 from hlbgpt.data.sources import TextSource
-from hlbgpt.data.tokenizer import Tokenizer, encode_stream
+from hlbgpt.data.tokenizer import Tokenizer
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import atomic_write, locked
 
@@ -170,10 +171,10 @@ def _write(path: Path, source: TextSource, split: str, tokenizer: Tokenizer) -> 
     crc = stored = size = 0
     made_from = _identity(source, split)
     columns = *progress.Progress.get_default_columns(), progress.TransferSpeedColumn()
-    with progress.Progress(*columns) as bar, path.open("wb") as file:
+    with Encoder(tokenizer) as encoder, progress.Progress(*columns) as bar, path.open("wb") as file:
         task = bar.add_task(f"tokenizing {split}", total=source.size(split))
         file.write(bytes(_HEADER_BYTES))
-        for encoded, text_bytes in encode_stream(tokenizer, source.chunks(split)):
+        for encoded, text_bytes in encoder.stream(source.chunks(split)):
             file.write(encoded)
             crc = zlib.crc32(encoded, crc)
             stored += len(encoded)
