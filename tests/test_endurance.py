@@ -60,14 +60,14 @@ import sys, time
 from pathlib import Path
 import torch
 from hlbgpt.data import TextFiles
-from hlbgpt.data.token_file import prepare_token_file
+from hlbgpt.data.prepare import Part, prepare_token_files
 from hlbgpt.data.tokenizer import load_tokenizer
 from hlbgpt.utils.hardware import peak_memory
 
 encoding, text = load_tokenizer("gpt2"), Path(sys.argv[1])
 start = time.perf_counter()
 source = TextFiles(train=str(text))
-prepare_token_file(text.with_suffix(".tokens"), source, "train", lambda: encoding)
+prepare_token_files([Part(text.with_suffix(".tokens"), source)], "train", lambda: encoding)
 print(time.perf_counter() - start, peak_memory(torch.device("cpu")))
 """
 

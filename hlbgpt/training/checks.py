@@ -211,10 +211,9 @@ def require_context(net: Network, sequence_length: int, key: str) -> None:
 
 def summary(trainer: L.Trainer, net: Network, data: TokenDataModule) -> str:
     """One line that says what is about to be trained, and on what."""
-    train = data.files["train"].header
     tokens = data.micro_batch_size * data.sequence_length * trainer.world_size
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return (
-        f"{type(net).__name__}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
-        f"({train.tokenizer}); micro-batch: {tokens:,} tokens; {trainer.precision}"
+        f"{type(net).__name__}: {parameters:,} parameters; train split: "
+        f"{data.train_description}; micro-batch: {tokens:,} tokens; {trainer.precision}"
     )
