@@ -20,7 +20,6 @@ from hlbgpt.utils.errors import InputError
 MINE = '''
 import numpy as np
 import torch
-from torch import Tensor
 
 from hlbgpt.data import StepLoader
 
@@ -30,10 +29,9 @@ class BinaryFile(StepLoader):
 
     def __init__(self, tokens, seed, rank=0, world_size=1, file: str = "train.bin") -> None:
         super().__init__(tokens, seed, rank, world_size)
-        self.tokens, self.step = np.memmap(file, dtype="<u2", mode="r"), 0
-        self.fingerprint = file
+        self.tokens, self.step, self.fingerprint = np.memmap(file, "<u2", "r"), 0, file
 
-    def next_step(self) -> Tensor:
+    def next_step(self) -> torch.Tensor:
         draw = np.random.default_rng([self.seed, self.rank, self.step])
         shape = self.micro_batches, self.batch_size, 1
         offsets = draw.integers(len(self.tokens) - self.sequence_length, size=shape)

@@ -160,9 +160,8 @@ def read_utf8(path: str | Path) -> Iterator[str]:
 class TextFiles(TextSource):
     """UTF-8 text files for each split, used byte for byte.
 
-    A split may be several files, whose texts follow one another as they are. Files of 64 MiB
-    together or more are tokenized by themselves, so that a file that is added later is tokenized
-    without the others.
+    A split may be several files, whose texts follow one another as they are. They are tokenized in
+    groups of 64 MiB or more, so that a file that is added later costs the tokenizing of its group.
 
     Args:
         folder: Folder with the splits under WikiText's file names: `wiki.train.raw`,

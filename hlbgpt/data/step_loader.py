@@ -17,7 +17,8 @@ class StepLoader(ABC):
     """Hands out the tokens of one optimizer step at a time, without end: (M, B, T + 1) int64.
 
     A subclass has `next_step`, `state_dict` and `load_state_dict`. Its `__init__` takes the
-    arguments below by position, then settings of its own, which a config names as `init_args`.
+    arguments below by position, then settings of its own, which a config names as `init_args`. It
+    is also called before a run to see whether batches fit the text, so it should not take long.
 
     Args:
         tokens: The tokens of the training split, for loaders that read them; None if the source
@@ -54,7 +55,7 @@ class StepLoader(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers and texts.
 
-        It is taken after each step's batch was read, on the first rank, and restored on all ranks.
+        Taken between steps on the first rank, and restored on all ranks.
         """
 
     @abstractmethod

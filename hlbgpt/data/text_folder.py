@@ -27,8 +27,8 @@ class TextFolder(TextSource):
     3 MB, at the end of a paragraph if possible. Of every 20 blocks in a row the 19th is for
     validation and the 20th for test. A blank line follows each file.
 
-    The files of a folder of more than 64 MiB are tokenized, and their blocks counted, in groups of
-    about twice that size. A file that is added later costs the tokenizing of its group.
+    Files of a large folder are tokenized, and their blocks counted, in groups of 64 MiB or more. So
+    a file that is added later costs the tokenizing of its group.
 
     Args:
         folder: Folder with the files. Hidden files and folders in it are ignored.
