@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hlbgpt.data import TokenDataModule, TrainLoader
+from hlbgpt.data import StepLoader, TokenDataModule
 from hlbgpt.generation import SamplingConfig, continue_prompts
 from hlbgpt.models import Network
 from hlbgpt.optim.build import build_optimizer
@@ -81,9 +81,9 @@ class LanguageModule(step.MicroBatchedModule):
         return checks.datamodule_of(self.trainer)
 
     @property
-    def train_loader(self) -> TrainLoader:
+    def train_loader(self) -> StepLoader:
         """The loader of training batches, whose next step can be set; during training."""
-        assert isinstance(self.trainer.train_dataloader, TrainLoader)
+        assert isinstance(self.trainer.train_dataloader, StepLoader)
         return self.trainer.train_dataloader
 
     def setup(self, stage: str) -> None:
@@ -94,7 +94,7 @@ class LanguageModule(step.MicroBatchedModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
             strategy.checkpoint_io = AtomicCheckpointIO()
         if self._fitting:
-            self.train_texts = [self.data.files["train"].header.fingerprint]
+            self.train_texts = [self.data.train_fingerprint]
             if self.compile_net:
                 checks.require_static_shapes(self.net)
             if strategy.root_device.type == "cuda":  # not those of an earlier run
@@ -135,8 +135,9 @@ class LanguageModule(step.MicroBatchedModule):
             self._resume(self._resume_state)
         elif self.net.needs_token_counts:
             # On the clock, as all that is learned or counted from the training text.
-            counts = self.train_loader.token_counts(self.data.vocab_size)
-            self.net.init_from_token_counts(counts.to(self.device))
+            counts = self.train_loader.token_counts(self.data.vocab_size).to(self.device)
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            self.net.init_from_token_counts(counts)
         self.throughput.begin()
 
     # --- training; the step itself is in step.py ----------------------------------------------
