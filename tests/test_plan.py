@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 
-from hlbgpt.models import GPT, HLB041, FastGPT, Network
+from hlbgpt.models import GPT, HLB041, FastGPT, Network, checkpoint_blocks
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.planning import Plan, Shape, measure, plan_run
 from hlbgpt.planning.counts import Work, WorkCounter
@@ -261,3 +261,31 @@ def test_activations_are_what_autograd_saves(autocast: torch.dtype | None) -> No
     for parameter in net.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     assert planned["activations"] == sum(saved.values())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_activation_checkpointing_keeps_inputs_of_blocks_and_one_block(
+    autocast: torch.dtype | None,
+) -> None:
+    def planned(blocks: int, checkpointed: bool) -> tuple[int, float]:
+        with torch.device("meta"):
+            net = FastGPT(**(SIZES | {"num_blocks": blocks}), num_heads=2)
+        if checkpointed:
+            checkpoint_blocks(net)
+        memory, work = measure(net, MuonAdamW, {Shape(16, 3, 1): 1}, autocast=autocast)
+        return memory["activations"], work.flops + work.fp32_flops
+
+    (plain, flops), (plain_more, flops_more) = planned(2, False), planned(5, False)
+    (few, few_flops), (more, more_flops) = planned(2, True), planned(5, True)
+    # Each block more is one more input, of 3 x 16 tokens.
+    assert more - few == 3 * 3 * 16 * SIZES["width"] * (4 if autocast is None else 2)
+    assert few < plain
+    assert more < plain_more / 2
+    # The backward pass takes twice the products of the forward pass, and half again for attention.
+    assert (few_flops - flops) * 5 == pytest.approx((more_flops - flops_more) * 2)
+    assert 1.2 < more_flops / flops_more < 1.34
+
+
+def test_activation_checkpointing_is_planned_as_it_trains() -> None:
+    checkpointed = plan_run([*SMALL, "--model.activation_checkpointing=true"])
+    assert checkpointed.memory["activations"] < plan_run(SMALL).memory["activations"]

@@ -1,8 +1,9 @@
 """What a run will need, computed from its settings without training, data or a GPU."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -141,23 +142,49 @@ def measure(
 
 
 def _micro_batch(net: Network, shape: Shape, autocast: torch.dtype | None) -> tuple[int, Work]:
-    """Bytes that are saved for the backward pass of a micro-batch, and its work."""
+    """Bytes that are saved for the backward pass of a micro-batch, and its work.
+
+    With activation checkpointing these include what the largest block saves when it runs again.
+    """
+    net.zero_grad(set_to_none=True)
+    tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
+    calls: list[tuple[Any, ...]] = []  # block, arguments
+    blocks = net.get_submodule("blocks").children() if net.activation_checkpointing else ()
+    hooks = [
+        block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+        for block in blocks
+    ]
+    with WorkCounter() as counter:
+        saved, loss = _saved(lambda: net(tokens[:, :-1], tokens[:, 1:]), autocast)
+        counter.backward = True
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    weights = {x.untyped_storage()._cdata for x in [*net.parameters(), *net.buffers()]}
+    again = [
+        _saved(partial(type(block).forward, block, *args, **kwargs), autocast)[0]
+        for block, args, kwargs in calls
+    ]
+    most = max((_size(one, saved.keys() | weights) for one in again), default=0)
+    return _size(saved, weights) + most, counter.work
+
+
+def _saved(
+    run: Callable[[], Tensor], autocast: torch.dtype | None
+) -> tuple[dict[int, torch.UntypedStorage], Tensor]:
+    """The storages that autograd saves while `run` runs, by number, and its result."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    net.zero_grad(set_to_none=True)
-    tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
-    with WorkCounter() as counter:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
-        ):
-            loss = net(tokens[:, :-1], tokens[:, 1:])
-        counter.backward = True
-        loss.backward()
-    for tensor in [*net.parameters(), *net.buffers()]:
-        saved.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in saved.values()), counter.work
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        return saved, run()
+
+
+def _size(storages: dict[int, torch.UntypedStorage], without: Collection[int]) -> int:
+    return sum(x.nbytes() for number, x in storages.items() if number not in without)
