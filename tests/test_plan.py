@@ -289,3 +289,21 @@ def test_activation_checkpointing_keeps_inputs_of_blocks_and_one_block(
 def test_activation_checkpointing_is_planned_as_it_trains() -> None:
     checkpointed = plan_run([*SMALL, "--model.activation_checkpointing=true"])
     assert checkpointed.memory["activations"] < plan_run(SMALL).memory["activations"]
+
+
+def test_a_row_for_each_depth(plan) -> None:
+    small = [word for word in SMALL if "num_blocks" not in word and "width" not in word]
+    small = [word for word in small if "num_heads" not in word]
+    out = plan(*small, "--depths", "1,2", "--gpu", "A100").splitlines()
+    rows = [line.split() for line in out[1:3]]
+    assert [row[:3] for row in rows] == [["1", "64", "1"], ["2", "128", "1"]]
+    assert out[0].split()[-3:] == ["FLOPs", "A100", "seconds"]
+    parameters = [int(row[3].replace(",", "")) for row in rows]
+    nets = [plan_run([*small, f"--scale.depth={depth}"]).net for depth in (1, 2)]
+    assert parameters == [sum(p.numel() for p in net.parameters()) for net in nets]
+
+
+def test_depths_are_numbers(plan, capsys) -> None:
+    with pytest.raises(SystemExit):
+        plan(*SPEEDRUN, "--depths", "1,x")
+    assert "--depths: '1,x' is no list of numbers" in capsys.readouterr().err
