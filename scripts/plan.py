@@ -25,8 +25,9 @@ Nothing here is measured. Products (of matrices, and attention) and memory traff
 the operations that a CPU would run, and their times add up. Assumed: {PEAK} of a GPU's peak,
 {RATE} of its bandwidth (data sheets), and with `model.compile` fused elementwise operations.
 The times leave out compilation, validation, data and waits for the CPU. Memory: without
-torch.compile. The plan is for one device, ignores callbacks that change the shapes of steps, and
-takes `micro_batch_tokens: auto` as {AUTO_TOKENS:,}."""
+torch.compile; activations are gone when the update makes its temporary tensors. The plan is for one
+device, ignores callbacks that change the shapes of steps, and takes `micro_batch_tokens: auto` as
+{AUTO_TOKENS:,}."""
 
 
 def report(plan: Plan, gpus: list[GPU]) -> str:
@@ -42,12 +43,12 @@ def report(plan: Plan, gpus: list[GPU]) -> str:
     for shape, steps in plan.steps.items():
         text = " x ".join(f"{size:,}" for size in shape)
         lines.append(f"{text:<34} {steps:>8,} {prod(shape) * steps:>14,}")
-    memory = {**plan.memory, "total": sum(plan.memory.values())}
+    memory = {**plan.memory, "peak": plan.peak_memory}
     lines += ["\nmemory in GB", *(f"{name:<18}{memory[name] / 1e9:>8.3f}" for name in memory)]
     lines += [f"\n{'GPU':<15}{'training seconds':>19}{'products':>19}{'traffic':>19}  memory"]
     for gpu in gpus:
         times = (" to ".join(map(_rounded, pair)) for pair in plan.seconds(gpu).values())
-        fits = "fits" if memory["total"] < gpu.memory else "does not fit"
+        fits = "fits" if memory["peak"] < gpu.memory else "does not fit"
         row = "{:<15}{:>19}{:>19}{:>19}".format(gpu.name, *times)
         lines.append(f"{row}  {gpu.memory / 1e9:.0f} GB, {fits}")
     return "\n".join([*lines, ASSUMPTIONS])
@@ -73,7 +74,7 @@ def depths_report(plans: dict[int, Plan], gpu: GPU) -> str:
                 f"{products:,}",
                 f"{plan.tokens:,}",
                 f"{prod(list(plan.steps)[-1]):,}",
-                f"{sum(plan.memory.values()) / 1e9:.1f}",
+                f"{plan.peak_memory / 1e9:.1f}",
                 f"{plan.work.flops + plan.work.fp32_flops:.2g}",
                 " to ".join(map(_rounded, plan.seconds(gpu)["training seconds"])),
             )

@@ -15,7 +15,7 @@ from conftest import CONFIGS
 from hlbgpt.models import GPT, HLB041, FastGPT, Network, checkpoint_blocks
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.planning import Plan, Shape, measure, plan_run
-from hlbgpt.planning.counts import Work, WorkCounter
+from hlbgpt.planning.counts import PeakMemory, Work, WorkCounter
 from hlbgpt.utils.hardware import GPUS, gpu_named
 
 SIZES = {"vocab_size": 96, "max_sequence_length": 32, "width": 16, "num_blocks": 2}
@@ -307,3 +307,25 @@ def test_depths_are_numbers(plan, capsys) -> None:
     with pytest.raises(SystemExit):
         plan(*SPEEDRUN, "--depths", "1,x")
     assert "--depths: '1,x' is no list of numbers" in capsys.readouterr().err
+
+
+def test_peak_memory_is_that_of_tensors_alive() -> None:
+    before = torch.zeros(1000)
+    with PeakMemory() as memory:
+        first = before + 1
+        second = first * 2
+        del first
+        third = second[10:].clone()  # 990
+        second.add_(1)
+        torch._foreach_mul_([before, third], 2)
+        del second, third
+        last = before.neg()
+    assert memory.peak == 4 * 2000
+    assert last.nbytes == 4000
+
+
+def test_the_peak_is_a_step_or_an_update() -> None:
+    sizes = {"weights": 5, "gradients": 4, "optimizer state": 3, "activations": 2, "update": 6}
+    plan = Plan("", GPT(**SIZES, num_heads=2), {}, sizes, Work(), compiled=True)
+    assert plan.peak_memory == 5 + 4 + 3 + 6
+    assert replace(plan, memory=sizes | {"activations": 9}).peak_memory == 5 + 4 + 3 + 9

@@ -16,7 +16,7 @@ from hlbgpt.cli.main import Built, build
 from hlbgpt.models import AdaptiveSoftmax, Network
 from hlbgpt.optim.build import build_optimizer
 from hlbgpt.optim.schedules import plan_steps
-from hlbgpt.planning.counts import Work, WorkCounter
+from hlbgpt.planning.counts import PeakMemory, Work, WorkCounter
 from hlbgpt.training.checks import require_context
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.hardware import GPU
@@ -48,13 +48,19 @@ class Plan:
     name: str
     net: Network
     steps: dict[Shape, int]  # number of steps of each shape
-    memory: dict[str, int]  # bytes, by what takes them
+    memory: dict[str, int]  # bytes, by what takes them; activations and update not at one time
     work: Work  # of all steps
     compiled: bool
 
     @property
     def tokens(self) -> int:
         return sum(prod(shape) * steps for shape, steps in self.steps.items())
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that a training step takes, at most."""
+        *kept, activations, update = self.memory.values()
+        return sum(kept) + max(activations, update)
 
     def seconds(self, gpu: GPU) -> dict[str, tuple[float, float]]:
         """Seconds of a fast and of a slow run: of products, of traffic, and of both in turn."""
@@ -114,6 +120,9 @@ def measure(
 ) -> tuple[dict[str, int], Work]:
     """Bytes that a training step takes without torch.compile, and the work of all `steps`.
 
+    Weights, gradients and state are there all the time; activations between the forward and the
+    backward pass; what the update allocates for itself, after that.
+
     Runs on fake tensors, which have shapes but no memory, and leaves them in `net`.
     """
     for module in net.modules():  # the default capacity depends on the values of a batch
@@ -124,6 +133,8 @@ def measure(
         each = {shape: _micro_batch(net, shape, autocast) for shape in steps}
         built, _ = build_optimizer(net, optimizer, None)
         with WorkCounter() as counter:
+            built.step()  # makes the state
+        with PeakMemory() as update_memory:
             built.step()
     state = [value for values in built.state.values() for value in values.values()]
     memory = {
@@ -131,6 +142,7 @@ def measure(
         "gradients": sum(parameter.nbytes for parameter in net.parameters()),
         "optimizer state": sum(value.nbytes for value in state if isinstance(value, Tensor)),
         "activations": max(activations for activations, _ in each.values()),
+        "update": update_memory.peak,
     }
     # Reads gradients; reads and writes weights and state: 28 bytes a parameter for fused AdamW.
     moved = 3 * memory["gradients"] + 2 * memory["optimizer state"]
