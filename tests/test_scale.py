@@ -196,6 +196,15 @@ def test_what_cannot_be_scaled_is_refused_in_a_line(words, says: str, hlbgpt, ca
     assert says in lines[0]
 
 
+@pytest.mark.parametrize("name", ["width", "num_heads", "num_blocks", "vocab_size"])
+def test_a_reference_of_nothing_is_refused(name: str, hlbgpt, capfd) -> None:
+    Path("none.yaml").write_text(f"model: {{net: {{init_args: {{{name}: 0}}}}}}")
+    with pytest.raises(SystemExit) as stop:
+        hlbgpt("fit", *SPEEDRUN, "--config=none.yaml", "--scale.depth=9")
+    assert stop.value.code == 2
+    assert f"model.net.{name}: 0 is less than 1" in capfd.readouterr().err
+
+
 ROWS = "{tokens: 0, sequence_length: 1024, step_tokens: 131072}, {tokens: 725000000}"
 
 

@@ -92,6 +92,9 @@ def scaled(settings: dict[str, Any], depth: int) -> dict[str, Any]:
         )
     _require_scalable(settings)
     net, optimizer = (settings["model"][key]["init_args"] for key in ("net", "optimizer"))
+    for name in ("width", "num_heads", "num_blocks", "vocab_size"):
+        if net[name] < 1:
+            raise InputError(f"model.net.{name}: {net[name]} is less than 1; set it to at least 1")
     table = settings["schedule"]["init_args"]["table"]
     width = _WIDTH_MULTIPLE * max(
         1, round(depth * net["width"] / net["num_blocks"] / _WIDTH_MULTIPLE)
@@ -103,7 +106,7 @@ def scaled(settings: dict[str, Any], depth: int) -> dict[str, Any]:
     wider = width / net["width"]
     return {
         f"{_NET}.width": width,
-        f"{_NET}.num_heads": _num_heads(width, net["width"] // net["num_heads"]),
+        f"{_NET}.num_heads": _num_heads(width, max(2, net["width"] // net["num_heads"])),
         f"{_NET}.num_blocks": depth,
         f"{_NET}.value_embed_blocks": min(net["value_embed_blocks"], depth),
         f"{_OPTIMIZER}.groups": _groups(optimizer, batch, wider),
