@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hlbgpt.data import StepLoader, TokenDataModule
 from hlbgpt.generation import SamplingConfig, continue_prompts
-from hlbgpt.models import Network
+from hlbgpt.models import Network, checkpoint_blocks
 from hlbgpt.optim.build import build_optimizer
 from hlbgpt.runs import SECONDS, TOKENS, AtomicCheckpointIO, require_matching_weights
 from hlbgpt.training import checks, compilation, evaluation, resume, step, step_metrics
@@ -29,6 +29,8 @@ class LanguageModule(step.MicroBatchedModule):
         optimizer: Optimizer, given the parameter groups of `hlbgpt.optim.parameter_groups`.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step; none by default.
         compile: Whether to run the network through `torch.compile`.
+        activation_checkpointing: Whether to keep only the inputs of each block for the backward
+            pass, and compute the rest again there: about a third more work, and far less memory.
         log_norms: Whether to log the norms of gradients and updates by parameter group. In logged
             steps this takes the memory of a second copy of the weights.
         sampling: How `predict` continues a prompt.
@@ -52,11 +54,14 @@ class LanguageModule(step.MicroBatchedModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = True,  # noqa: A002
+        activation_checkpointing: bool = False,
         log_norms: bool = True,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__()
         self.net = net
+        if activation_checkpointing:
+            checkpoint_blocks(net)
         # Functions, which are not copied with the module: what makes an optimizer may not be.
         self.optimizer = lambda groups: optimizer(groups)
         self.lr_scheduler = lr_scheduler and (lambda made: lr_scheduler(made))
