@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, LAST, QUICKSTART, RUN, fitting
+from conftest import CONFIGS, LAST, QUICKSTART, RUN
 from test_text import write_hub_layout
 
 # --- runs and their folders -------------------------------------------------------------------
