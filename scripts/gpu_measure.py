@@ -64,9 +64,12 @@ def micro_batches(module: LanguageModule) -> list[Tensor]:
     """Random windows of the training split (B, T + 1) for each shape of the run's micro-batches."""
     data = module.data
     shapes = module.train_shapes or [(data.micro_batch_size, data.sequence_length)]
-    tokens = data.files["train"].tokens
-    loaders = [TrainLoader(tokens, batch_size=b, sequence_length=t, seed=0) for b, t in shapes]
-    return [next(iter(loader))[0].to(module.device) for loader in loaders]
+    loader = TrainLoader(data.files["train"].tokens, seed=0)
+    windows = []
+    for batch_size, length in shapes:
+        loader.set_step(batch_size=batch_size, sequence_length=length)
+        windows.append(next(iter(loader))[0].to(module.device))
+    return windows
 
 
 def gradients(trainer: L.Trainer, module: LanguageModule, repeat: int) -> Tables:

@@ -1,26 +1,33 @@
 """Print what a run will need: steps, matrix products, memory traffic, memory and times.
 
     python scripts/plan.py --config configs/speedrun.yaml --gpu A100
+    python scripts/plan.py --config configs/speedrun.yaml --gpu H100-SXM --depths 4,8,12,17,34
 
-Takes the arguments of `hlbgpt fit`. Trains nothing, downloads nothing and needs no GPU.
+Takes the arguments of `hlbgpt fit`. Trains nothing, downloads nothing and needs no GPU. With
+`--depths`, a row for each `scale.depth`.
 """
 
 import argparse
 import sys
 from math import prod
 
+from hlbgpt.models import FastGPT
+from hlbgpt.optim import parameter_groups
 from hlbgpt.planning import AUTO_TOKENS, BANDWIDTH, PRODUCTS, Plan, plan_run
 from hlbgpt.utils.command import command
+from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.hardware import GPU, GPUS, gpu_named, gpu_names
 
 PEAK, RATE = (" to ".join(f"{part:.0%}" for part in each) for each in (PRODUCTS, BANDWIDTH))
+_PRODUCTS = ("block_matrices", "lm_head")  # groups that matrix products compute with
 ASSUMPTIONS = f"""
 Nothing here is measured. Products (of matrices, and attention) and memory traffic are counted from
 the operations that a CPU would run, and their times add up. Assumed: {PEAK} of a GPU's peak,
 {RATE} of its bandwidth (data sheets), and with `model.compile` fused elementwise operations.
 The times leave out compilation, validation, data and waits for the CPU. Memory: without
-torch.compile. The plan is for one device, ignores callbacks that change the shapes of steps, and
-takes `micro_batch_tokens: auto` as {AUTO_TOKENS:,}."""
+torch.compile; activations are gone when the update makes its temporary tensors. The plan is for one
+device, ignores callbacks that change the shapes of steps, and takes `micro_batch_tokens: auto` as
+{AUTO_TOKENS:,}."""
 
 
 def report(plan: Plan, gpus: list[GPU]) -> str:
@@ -36,15 +43,50 @@ def report(plan: Plan, gpus: list[GPU]) -> str:
     for shape, steps in plan.steps.items():
         text = " x ".join(f"{size:,}" for size in shape)
         lines.append(f"{text:<34} {steps:>8,} {prod(shape) * steps:>14,}")
-    memory = {**plan.memory, "total": sum(plan.memory.values())}
+    memory = {**plan.memory, "peak": plan.peak_memory}
     lines += ["\nmemory in GB", *(f"{name:<18}{memory[name] / 1e9:>8.3f}" for name in memory)]
-    lines += [f"\n{'GPU':<15}{'training seconds':>17}{'products':>15}{'traffic':>15}  memory"]
+    lines += [f"\n{'GPU':<15}{'training seconds':>19}{'products':>19}{'traffic':>19}  memory"]
     for gpu in gpus:
         times = (" to ".join(map(_rounded, pair)) for pair in plan.seconds(gpu).values())
-        fits = "fits" if memory["total"] < gpu.memory else "does not fit"
-        row = "{:<15}{:>17}{:>15}{:>15}".format(gpu.name, *times)
+        fits = "fits" if memory["peak"] < gpu.memory else "does not fit"
+        row = "{:<15}{:>19}{:>19}{:>19}".format(gpu.name, *times)
         lines.append(f"{row}  {gpu.memory / 1e9:.0f} GB, {fits}")
     return "\n".join([*lines, ASSUMPTIONS])
+
+
+def depths_report(plans: dict[int, Plan], gpu: GPU) -> str:
+    """A row for the plan of each depth, with times on `gpu`."""
+    columns = "{:>5}{:>7}{:>7}{:>16}{:>15}{:>17}{:>13}{:>11}{:>10}{:>20}".format
+    titles = ("depth", "width", "heads", "parameters", "block + head", "tokens", "step tokens")
+    lines = [columns(*titles, "memory GB", "FLOPs", f"{gpu.name} seconds")]
+    for depth, plan in plans.items():
+        net = plan.net
+        assert isinstance(net, FastGPT)  # no other can be scaled
+        width = net.embedding.embedding_dim
+        sizes = {group["name"]: group["params"] for group in parameter_groups(net)}
+        products = sum(p.numel() for name in _PRODUCTS for p in sizes[name])
+        lines.append(
+            columns(
+                depth,
+                width,
+                width // net.rotary.cos.shape[-1],
+                f"{sum(p.numel() for p in net.parameters()):,}",
+                f"{products:,}",
+                f"{plan.tokens:,}",
+                f"{prod(list(plan.steps)[-1]):,}",
+                f"{plan.peak_memory / 1e9:.1f}",
+                f"{plan.work.flops + plan.work.fp32_flops:.2g}",
+                " to ".join(map(_rounded, plan.seconds(gpu)["training seconds"])),
+            )
+        )
+    return "\n".join([*lines, ASSUMPTIONS])
+
+
+def _depths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--depths: {text!r} is no list of numbers; write 4,8,12") from None
 
 
 def _rounded(seconds: float) -> str:
@@ -57,9 +99,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", help=f"one of {gpu_names()}; by default all of them")
+    parser.add_argument("--depths", help="values of scale.depth, such as 4,8,12")
     options, words = parser.parse_known_args()
     gpus = [gpu_named(options.gpu)] if options.gpu else list(GPUS)
-    print(report(plan_run(words), gpus))
+    if not options.depths:
+        print(report(plan_run(words), gpus))
+        return
+    gpu = gpus[0] if options.gpu else gpu_named("H100-SXM")
+    plans = {n: plan_run([*words, f"--scale.depth={n}"]) for n in _depths(options.depths)}
+    print(depths_report(plans, gpu))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,21 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
 from hlbgpt.callbacks import LastCheckpoint
-from hlbgpt.data import TextFiles, TokenDataModule
+from hlbgpt.data import TextFiles, TextSource, TokenDataModule
+from hlbgpt.data.prepare import Part, prepare_token_files
+from hlbgpt.data.token_file import TokenFile
+from hlbgpt.data.tokenizer import Tokenizer
 from hlbgpt.models import GPT, Network
 from hlbgpt.runs import RunLogger
 from hlbgpt.training.module import LanguageModule
+
+
+def prepare_token_file(
+    path: Path, source: TextSource, split: str, tokenizer: Callable[[], Tokenizer]
+) -> TokenFile:
+    """The token file of a text that is one part."""
+    prepare_token_files([Part(path, source)], split, tokenizer)
+    return TokenFile(path)
 
 
 def small_gpt() -> GPT:

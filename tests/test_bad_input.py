@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAST, QUICKSTART, TABLE
+from helpers import prepare_token_file
 
 from hlbgpt.__main__ import main
 from hlbgpt.data import TextFiles
-from hlbgpt.data.token_file import prepare_token_file
 from hlbgpt.data.tokenizer import load_tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, LAST, QUICKSTART
+from conftest import CONFIGS, LAST, QUICKSTART, RUN
 from test_text import write_hub_layout
 
 # --- runs and their folders -------------------------------------------------------------------
@@ -252,3 +252,40 @@ def test_fit_on_wikitext_with_the_gpt2_tokenizer(hlbgpt, tiny, gpt2, test_data: 
     )
     record = json.loads(Path("runs/baseline/version_0/record.json").read_text())
     assert record["value"] == pytest.approx(math.log(50304), abs=0.1)
+
+
+def test_activation_checkpointing_trains_the_same_run(hlbgpt, tiny: list[str]) -> None:
+    for value in ("true", "false"):
+        hlbgpt("fit", *QUICKSTART, *tiny, f"--model.activation_checkpointing={value}")
+    runs = [RUN.parent / f"version_{number}" for number in (0, 1)]
+    first, second = (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in runs
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    texts = [
+        hlbgpt("predict", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data.prompts=The ")
+        for run in runs
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_activation_checkpointing_needs_blocks(hlbgpt, tiny: list[str], capfd) -> None:
+    Path("flat.py").write_text(
+        "from hlbgpt.models import GPT\n"
+        "class Flat(GPT):\n"
+        "    def __init__(self) -> None:\n"
+        "        super().__init__(256, 32, 16, 2, 2)\n"
+        "        del self.blocks\n"
+    )
+    words = [word for word in tiny if "model.net" not in word]
+    with pytest.raises(SystemExit) as stop:
+        hlbgpt(
+            *("fit", *QUICKSTART, *words, "--model.net=flat.Flat"),
+            "--model.activation_checkpointing=true",
+        )
+    assert stop.value.code == 2
+    assert (
+        "model.activation_checkpointing: Flat has no ModuleList `blocks`" in capfd.readouterr().err
+    )

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LAST, QUICKSTART, RUN
+import torch
+from conftest import CONFIGS, LAST, QUICKSTART, RUN, fitting
 from crash_test import curves
 from test_interrupt import LONGER, SIGNAL
 from test_resume import assert_same
@@ -56,19 +57,36 @@ def test_two_processes_stop_together_and_go_on(tiny: list[str], tmp_path: Path) 
     assert_same(*map(curves, runs))
 
 
+def test_two_processes_count_the_tokens_of_one(tiny: list[str], tmp_path: Path) -> None:
+    """Each counts a half; the network starts from the counts of the whole text."""
+    config = CONFIGS / "speedrun.yaml"
+    words = [*fitting(config, tiny), "--trainer.callbacks=null", "--trainer.max_steps=1"]
+    priors = []
+    for devices, strategy in ((1, "auto"), (2, "ddp")):
+        run = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}"]
+        run.append(f"--run_name={devices}")
+        command = [sys.executable, "-m", "hlbgpt", "fit", "--config", str(config), *words, *run]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        last = tmp_path / "runs" / str(devices) / "version_0" / "checkpoints" / "last.ckpt"
+        priors.append(load_checkpoint(last)["state_dict"]["net.lm_head.log_prior"])
+    assert torch.equal(*priors)
+    assert len(priors[0].unique()) > 50
+
+
 TOKENIZE = """
 import sys, time
 from pathlib import Path
 import torch
 from hlbgpt.data import TextFiles
-from hlbgpt.data.token_file import prepare_token_file
+from hlbgpt.data.prepare import Part, prepare_token_files
 from hlbgpt.data.tokenizer import load_tokenizer
 from hlbgpt.utils.hardware import peak_memory
 
 encoding, text = load_tokenizer("gpt2"), Path(sys.argv[1])
 start = time.perf_counter()
 source = TextFiles(train=str(text))
-prepare_token_file(text.with_suffix(".tokens"), source, "train", lambda: encoding)
+prepare_token_files([Part(text.with_suffix(".tokens"), source)], "train", lambda: encoding)
 print(time.perf_counter() - start, peak_memory(torch.device("cpu")))
 """
 

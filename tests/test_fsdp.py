@@ -123,9 +123,10 @@ def test_speedrun_equals_ddp(fit: Fit, precision: str, rel: float, near: float) 
 
 
 @pytest.mark.slow
-def test_compiled(fit: Fit, quick_compile: None) -> None:
+def test_compiled_with_activation_checkpointing(fit: Fit, quick_compile: None) -> None:
     words = ["--model.compile=true", *MUON]
-    assert_equal(fit("split", "fsdp2", 2, *words), fit("whole", "ddp", 2, *words))
+    split = fit("split", "fsdp2", 2, *words, "--model.activation_checkpointing=true")
+    assert_equal(split, fit("whole", "ddp", 2, *words))
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -24,15 +24,9 @@ def loader(
     world: int = 1,
 ) -> TrainLoader:
     """A loader over 0, 1, 2, ...: a window's first token says where it starts."""
-    return TrainLoader(
-        np.arange(tokens, dtype="<u2"),
-        batch_size=batch,
-        sequence_length=length,
-        micro_batches=micro_batches,
-        seed=seed,
-        rank=rank,
-        world_size=world,
-    )
+    feed = TrainLoader(np.arange(tokens, dtype="<u2"), seed, rank, world)
+    feed.set_step(micro_batches=micro_batches, batch_size=batch, sequence_length=length)
+    return feed
 
 
 def windows(steps: list[torch.Tensor]) -> torch.Tensor:
@@ -204,10 +198,9 @@ def test_too_few_tokens_are_refused(tokens: int) -> None:
 def test_tokens_on_the_device_are_the_same_tokens(dtype: str, vocab_size: int) -> None:
     tokens = np.random.default_rng(0).integers(0, vocab_size, 300).astype(dtype)
     tokens[:2] = vocab_size - 1
-    host, device = (
-        TrainLoader(tokens, batch_size=3, sequence_length=5, micro_batches=2, seed=0)
-        for _ in range(2)
-    )
+    host, device = TrainLoader(tokens, seed=0), TrainLoader(tokens, seed=0)
+    for feed in (host, device):
+        feed.set_step(micro_batches=2, batch_size=3, sequence_length=5)
     device.keep_tokens_on(torch.device("cpu"))
     for ours, theirs in islice(zip(device, host, strict=True), 30):
         assert ours.dtype == theirs.dtype == torch.int64

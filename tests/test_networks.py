@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models import GPT, HLB041, FastGPT, Network, adaptive_softmax
+from hlbgpt.models import GPT, HLB041, FastGPT, Network, adaptive_softmax, checkpoint_blocks
 from hlbgpt.models.adaptive_softmax import take
-from hlbgpt.models.kv_cache import earlier
+from hlbgpt.models.kv_cache import KVCache, earlier
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 3}
 NETWORKS: dict[str, Callable[[], Network]] = {
@@ -37,7 +37,7 @@ SLOW_TO_COMPILE = ("fast, clusters", "fast, pointer", "fast, pointer in chunks",
 
 @pytest.fixture(params=NETWORKS)
 def build(request: pytest.FixtureRequest) -> Callable[[], Network]:
-    return NETWORKS[request.param]
+    return Dropout if request.param == "dropout" else NETWORKS[request.param]
 
 
 @pytest.fixture
@@ -126,14 +126,61 @@ def test_bf16_is_near_fp32(net: Network) -> None:
     ],
     indirect=True,
 )
-def test_compiled_gradients_equal_eager_ones(net: Network) -> None:
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_gradients_equal_eager_ones(net: Network, checkpointed: bool) -> None:
     tokens = torch.randint(64, (4, 17))
     eager = gradients(net, net(tokens[:, :-1], tokens[:, 1:]))
+    if checkpointed:
+        checkpoint_blocks(net)
     torch.compiler.reset()
-    net.compile(backend="aot_eager")
+    net.compile(backend="aot_eager", fullgraph=checkpointed)
     compiled = gradients(net, net(tokens[:, :-1], tokens[:, 1:]))
     for ours, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+class Dropout(GPT):
+    """A network whose blocks draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL, num_heads=2)
+        for block in self.blocks:
+            block.mlp.register_forward_hook(lambda mlp, inputs, out: F.dropout(out))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("build", [*NETWORKS, "dropout"], indirect=True)
+def test_activation_checkpointing_changes_no_bit(net: Network, autocast: bool) -> None:
+    tokens = torch.randint(64, (4, 17))
+    other = copy.deepcopy(net)
+    checkpoint_blocks(other)
+    other = copy.deepcopy(other)  # as callbacks that average weights do
+    found = []
+    for each in (net, other):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = each(tokens[:, :-1], tokens[:, 1:])
+        found.append([loss, *gradients(each, loss), torch.get_rng_state()])
+    assert all(map(torch.equal, *found))
+    assert list(net.state_dict()) == list(other.state_dict())
+
+
+def test_activation_checkpointing_runs_each_block_again_only_to_train() -> None:
+    net, calls = NETWORKS["fast"](), 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    for block in net.blocks:
+        block.mlp.register_forward_pre_hook(count)
+    checkpoint_blocks(net)
+    tokens = torch.randint(64, (2, 9))
+    net(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert calls == 2 * len(net.blocks)
+    with torch.no_grad():
+        net(tokens, kv_cache=KVCache(2, 16))
+    assert calls == 3 * len(net.blocks)
 
 
 def test_weights_and_counts_survive_a_checkpoint(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAST, QUICKSTART, RUN
-from helpers import At, make, names, trainer
+from helpers import At, make, names, prepare_token_file, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +27,8 @@ from hlbgpt.data import (
     TokenDataModule,
     TrainLoader,
 )
-from hlbgpt.data.token_file import DamagedFileError, TokenFile, prepare_token_file, token_file_path
+from hlbgpt.data.prepare import parts_of
+from hlbgpt.data.token_file import DamagedFileError, TokenFiles
 from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer
 from hlbgpt.runs.folder import CONFIG, RECORD, folder_of, is_unfinished, newest_checkpoint
 from hlbgpt.utils.errors import InputError
@@ -97,25 +98,21 @@ def test_the_samples_are_spread_over_all_files() -> None:
 # --- token files that are cut while in use --------------------------------------------------------
 
 BYTES = load_tokenizer("bytes")
-USES: dict[str, Callable[[TokenFile], Any]] = {
-    "training batch": lambda file: next(iter(training(file))),
-    "copy to the device": lambda file: training(file).keep_tokens_on(torch.device("cpu")),
-    "token counts": lambda file: training(file).token_counts(256),
-    "evaluation batch": lambda file: next(
-        iter(
-            EvalLoader(
-                file.tokens, batch_size=2, sequence_length=8, require_whole=file.require_whole
-            )
-        )
+USES: dict[str, Callable[[TokenFiles], Any]] = {
+    "training batch": lambda files: next(iter(training(files))),
+    "copy to the device": lambda files: training(files).keep_tokens_on(torch.device("cpu")),
+    "token counts": lambda files: training(files).token_counts(256),
+    "evaluation batch": lambda files: next(
+        iter(EvalLoader(files.tokens, batch_size=2, sequence_length=8))
     ),
-    "checksum": lambda file: file.verify(),
+    "checksum": lambda files: files.files[0].verify(),
 }
 
 
-def training(file: TokenFile) -> TrainLoader:
-    return TrainLoader(
-        file.tokens, batch_size=2, sequence_length=8, seed=0, require_whole=file.require_whole
-    )
+def training(files: TokenFiles) -> TrainLoader:
+    loader = TrainLoader(files.tokens, seed=0)
+    loader.set_step(batch_size=2, sequence_length=8)
+    return loader
 
 
 @pytest.mark.parametrize("left", [0, 4096, 9_000, -1], ids="{} bytes".format)
@@ -124,11 +121,12 @@ def test_a_token_file_cut_while_in_use_is_named(tmp_path: Path, use: str, left: 
     text = tmp_path / "a.txt"
     text.write_text("words " * 4_000)
     path = tmp_path / "a.tokens"
-    file = prepare_token_file(path, TextFiles(train=str(text)), "train", lambda: BYTES)
-    USES[use](file)
+    prepare_token_file(path, TextFiles(train=str(text)), "train", lambda: BYTES)
+    files = TokenFiles([path])
+    USES[use](files)
     os.truncate(path, left % path.stat().st_size)
     with pytest.raises(DamagedFileError, match=r"a\.tokens: cut to \d+ bytes while in use; start"):
-        USES[use](file)
+        USES[use](files)
     whole = prepare_token_file(path, TextFiles(train=str(text)), "train", lambda: BYTES)
     assert np.array_equal(whole.tokens, np.frombuffer(text.read_bytes(), "u1"))
 
@@ -141,7 +139,7 @@ def test_training_ends_in_one_line_when_a_token_file_is_cut(
 
     def cut(trainer: Any, *_: Any) -> None:
         if trainer.global_step == 2:
-            os.truncate(data.files[split].path, 5_000)
+            os.truncate(data.files[split].files[0].path, 5_000)
 
     run = trainer(
         tmp_path,
@@ -210,8 +208,8 @@ def test_what_is_no_file_is_refused_at_once(
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "data.cache_dir": lambda path: TokenDataModule(TextFiles("."), cache_dir=path),
-    "data.source.folder": lambda path: TextFiles(folder=path).path("train"),
-    "data.source.train": lambda path: TextFiles(train=path).path("train"),
+    "data.source.folder": lambda path: TextFiles(folder=path).paths("train"),
+    "data.source.train": lambda path: TextFiles(train=path).paths("train"),
     "data.source.test": lambda path: TextFiles(test=path).fingerprint("test"),
     "data.source.folder of a TextFolder": lambda path: TextFolder(path),
     "data.source.path": lambda path: HubText(path),
@@ -237,7 +235,7 @@ def test_paths_that_no_file_can_have_are_named(setting: str, path: str, message:
 def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").touch()
-    assert TextFiles(train="~/a.txt").path("train") == tmp_path / "a.txt"
+    assert TextFiles(train="~/a.txt").paths("train") == [str(tmp_path / "a.txt")]
     assert TextFolder("~").files() == [str(tmp_path / "a.txt")]
     assert TokenDataModule(TextFiles(), cache_dir="~/cache").cache_dir == tmp_path / "cache"
 
@@ -250,7 +248,7 @@ def test_deep_folders_in_any_script_and_many_special_tokens(tmp_path: Path) -> N
     special = [f"<s{i}>" + "é" * 100 * (i > 0) for i in range(500)]
     tokenizer = Tokenizer(BYTES.encoding, special)
     source, cache = TextFolder(str(deep)), deep / "cache"
-    path = token_file_path(cache, source, "train", "bytes", special)
+    ((path, _),) = parts_of(cache, source, "train", "bytes", special)
     file = prepare_token_file(path, source, "train", lambda: tokenizer)
     assert file.header.vocab_size == 756
     assert names(cache) == [path.name]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import CONFIGS
 
-from hlbgpt.models import GPT, HLB041, FastGPT, Network
+from hlbgpt.models import GPT, HLB041, FastGPT, Network, checkpoint_blocks
 from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.planning import Plan, Shape, measure, plan_run
-from hlbgpt.planning.counts import Work, WorkCounter
+from hlbgpt.planning.counts import PeakMemory, Work, WorkCounter
 from hlbgpt.utils.hardware import GPUS, gpu_named
 
 SIZES = {"vocab_size": 96, "max_sequence_length": 32, "width": 16, "num_blocks": 2}
@@ -261,3 +261,71 @@ def test_activations_are_what_autograd_saves(autocast: torch.dtype | None) -> No
     for parameter in net.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     assert planned["activations"] == sum(saved.values())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_activation_checkpointing_keeps_inputs_of_blocks_and_one_block(
+    autocast: torch.dtype | None,
+) -> None:
+    def planned(blocks: int, checkpointed: bool) -> tuple[int, float]:
+        with torch.device("meta"):
+            net = FastGPT(**(SIZES | {"num_blocks": blocks}), num_heads=2)
+        if checkpointed:
+            checkpoint_blocks(net)
+        memory, work = measure(net, MuonAdamW, {Shape(16, 3, 1): 1}, autocast=autocast)
+        return memory["activations"], work.flops + work.fp32_flops
+
+    (plain, flops), (plain_more, flops_more) = planned(2, False), planned(5, False)
+    (few, few_flops), (more, more_flops) = planned(2, True), planned(5, True)
+    # Each block more is one more input, of 3 x 16 tokens.
+    assert more - few == 3 * 3 * 16 * SIZES["width"] * (4 if autocast is None else 2)
+    assert few < plain
+    assert more < plain_more / 2
+    # The backward pass takes twice the products of the forward pass, and half again for attention.
+    assert (few_flops - flops) * 5 == pytest.approx((more_flops - flops_more) * 2)
+    assert 1.2 < more_flops / flops_more < 1.34
+
+
+def test_activation_checkpointing_is_planned_as_it_trains() -> None:
+    checkpointed = plan_run([*SMALL, "--model.activation_checkpointing=true"])
+    assert checkpointed.memory["activations"] < plan_run(SMALL).memory["activations"]
+
+
+def test_a_row_for_each_depth(plan) -> None:
+    small = [word for word in SMALL if "num_blocks" not in word and "width" not in word]
+    small = [word for word in small if "num_heads" not in word]
+    out = plan(*small, "--depths", "1,2", "--gpu", "A100").splitlines()
+    rows = [line.split() for line in out[1:3]]
+    assert [row[:3] for row in rows] == [["1", "64", "1"], ["2", "128", "1"]]
+    assert out[0].split()[-3:] == ["FLOPs", "A100", "seconds"]
+    parameters = [int(row[3].replace(",", "")) for row in rows]
+    nets = [plan_run([*small, f"--scale.depth={depth}"]).net for depth in (1, 2)]
+    assert parameters == [sum(p.numel() for p in net.parameters()) for net in nets]
+
+
+def test_depths_are_numbers(plan, capsys) -> None:
+    with pytest.raises(SystemExit):
+        plan(*SPEEDRUN, "--depths", "1,x")
+    assert "--depths: '1,x' is no list of numbers" in capsys.readouterr().err
+
+
+def test_peak_memory_is_that_of_tensors_alive() -> None:
+    before = torch.zeros(1000)
+    with PeakMemory() as memory:
+        first = before + 1
+        second = first * 2
+        del first
+        third = second[10:].clone()  # 990
+        second.add_(1)
+        torch._foreach_mul_([before, third], 2)
+        del second, third
+        last = before.neg()
+    assert memory.peak == 4 * 2000
+    assert last.nbytes == 4000
+
+
+def test_the_peak_is_a_step_or_an_update() -> None:
+    sizes = {"weights": 5, "gradients": 4, "optimizer state": 3, "activations": 2, "update": 6}
+    plan = Plan("", GPT(**SIZES, num_heads=2), {}, sizes, Work(), compiled=True)
+    assert plan.peak_memory == 5 + 4 + 3 + 6
+    assert replace(plan, memory=sizes | {"activations": 9}).peak_memory == 5 + 4 + 3 + 9

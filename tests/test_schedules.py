@@ -173,17 +173,9 @@ def windows_of_steps(
     for number, (steps, micro_batch_tokens, ranks) in enumerate(segments):
         plan = plan_steps(table, micro_batch_tokens=micro_batch_tokens, world_size=ranks)
         last = len(plan) if number == len(segments) - 1 else min(len(plan), len(seen) + steps)
-        feeds = [
-            TrainLoader(
-                tokens,
-                batch_size=plan[0].batch_size,
-                sequence_length=plan[0].sequence_length,
-                seed=1,
-                rank=rank,
-                world_size=ranks,
-            )
-            for rank in range(ranks)
-        ]
+        feeds = [TrainLoader(tokens, 1, rank, ranks) for rank in range(ranks)]
+        for feed in feeds:
+            feed.set_step(batch_size=plan[0].batch_size, sequence_length=plan[0].sequence_length)
         for feed in feeds if state else []:
             feed.load_state_dict(state)
         for step in range(len(seen), last):

@@ -80,13 +80,13 @@ def test_text_that_is_not_utf8(
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no wiki\.valid\.raw or wiki\.valid\.tokens"):
-        TextFiles(folder=str(tmp_path)).path("validation")
+        TextFiles(folder=str(tmp_path)).paths("validation")
     with pytest.raises(InputError, match=r"no wiki\.train\.raw .* in '.*nowhere'; add it"):
-        TextFiles(folder=str(tmp_path / "nowhere")).path("train")
+        TextFiles(folder=str(tmp_path / "nowhere")).paths("train")
     with pytest.raises(InputError, match=r"data\.source\.test: no file 'gone\.txt'"):
-        TextFiles(folder=str(tmp_path), test="gone.txt").path("test")
+        TextFiles(folder=str(tmp_path), test="gone.txt").paths("test")
     with pytest.raises(InputError, match="no text for the train split"):
-        TextFiles().path("train")
+        TextFiles().paths("train")
 
 
 @pytest.mark.usefixtures("hub_cache")

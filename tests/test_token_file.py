@@ -6,18 +6,20 @@ import re
 import signal
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import names, synthetic_encoding
+from helpers import names, prepare_token_file, synthetic_encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hlbgpt.data.tokenizer as tokenizer
+import hlbgpt.data.encoder as encoder
+from hlbgpt.data.prepare import parts_of
 from hlbgpt.data.sources import TextFiles, TextSource
-from hlbgpt.data.token_file import DamagedFileError, TokenFile, prepare_token_file, token_file_path
+from hlbgpt.data.token_file import DamagedFileError, TokenFile
 from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer
 from hlbgpt.utils.errors import InputError
 
@@ -41,6 +43,11 @@ class Lines(TextSource):
             if i == self.fails_at:
                 raise RuntimeError("the machine stopped")
             yield f" line {i} of many , é . \n"
+
+
+def sealed(data: bytes) -> bytes:
+    """The file with the checksum of the header that it has."""
+    return data[:4092] + zlib.crc32(data[:4092]).to_bytes(4, "little") + data[4096:]
 
 
 def prepare(path: Path, source: TextSource) -> None:
@@ -92,7 +99,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"data: .*a\.tokens: No space left on device; "):
+    with pytest.raises(InputError, match=r"data: .*: No space left on device; "):
         build(tmp_path / "a.tokens")
     assert names(tmp_path) == []
 
@@ -114,13 +121,15 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (lambda data: data[:-1], "damaged: its header promises"),
         (lambda data: data + b"\0\0", "damaged: its header promises"),
         (lambda data: data[:-2] + b"\1\1", "do not match the checksum"),
-        (lambda data: data[:50], "header cannot be read"),
-        (lambda data: data[:7] + b"\x01" + data[8:], "not a token file of format version 4"),
-        (lambda data: bytes(5000), "not a token file of format version 4"),
-        (lambda data: b"", "not a token file of format version 4"),
-        (lambda data: data.replace(b'"<u', b'">u', 1), "header cannot be read"),
-        (lambda data: re.sub(rb"<u\d", lambda found: OTHER_TYPE[found[0]], data), "promises"),
-        (lambda data: data.replace(b'"tokens"', b'"tokenz"', 1), "header cannot be read"),
+        (lambda data: data[:50], "header does not match its checksum"),
+        (lambda data: data[:7] + b"\x01" + data[8:], "not a token file of format version 5"),
+        (lambda data: bytes(5000), "not a token file of format version 5"),
+        (lambda data: b"", "not a token file of format version 5"),
+        (lambda data: data.replace(b'"text_bytes": ', b'"text_bytes": 1', 1), "its checksum"),
+        (lambda data: data.replace(b'"<u', b'">u', 1), "header does not match its checksum"),
+        (lambda data: sealed(data.replace(b'"<u', b'">u', 1)), "header cannot be read"),
+        (lambda data: sealed(re.sub(rb"<u\d", lambda m: OTHER_TYPE[m[0]], data)), "promises"),
+        (lambda data: sealed(data.replace(b'"tokens"', b'"tokenz"', 1)), "header cannot be read"),
     ],
 )
 @both_widths
@@ -155,7 +164,8 @@ def test_the_reader_never_hands_out_other_tokens(
     """Whatever happens to the bytes: an InputError, or the tokens that were written."""
     path = tmp_path_factory.mktemp("fuzz") / "a.tokens"
     build(path, Lines(200))
-    expected = TokenFile(path).tokens.tolist()
+    written = TokenFile(path)
+    expected = written.tokens.tolist()
     data = path.read_bytes()
     for kind, place, extra in edits:
         place %= len(data) + 1
@@ -176,6 +186,7 @@ def test_the_reader_never_hands_out_other_tokens(
     except InputError:
         return
     assert file.tokens.tolist() == expected
+    assert file.header == written.header
 
 
 # --- several processes, and processes that die ------------------------------------------------
@@ -250,11 +261,12 @@ class SameFingerprint(Lines):
 
 def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
     names = {
-        token_file_path(tmp_path, source, split, tokenizer, special).name
+        part.path.name
         for source in (Lines(1), Lines(2), SameFingerprint(1))
         for split in ("train", "test")
         for tokenizer in ("gpt2", "bytes")
         for special in ([], ["a", "b"], ["b", "a"], ["a, b"])
+        for part in parts_of(tmp_path, source, split, tokenizer, special)
     }
     assert len(names) == 48
 
@@ -262,8 +274,8 @@ def test_the_name_tells_texts_and_tokenizers_apart(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_CACHED_PIECES", 500)
-    monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 1 << 12)
+    monkeypatch.setattr(encoder, "_CACHED_PIECES", 500)
+    monkeypatch.setattr(encoder, "_CHUNK_CHARS", 1 << 12)
 
     def peak(count: int) -> int:
         tracemalloc.start()

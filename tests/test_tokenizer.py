@@ -12,8 +12,9 @@ from helpers import synthetic_encoding
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import hlbgpt.data.tokenizer as tokenizer
-from hlbgpt.data.tokenizer import Tokenizer, encode_stream, load_tokenizer
+import hlbgpt.data.encoder as encoder
+from hlbgpt.data.encoder import Encoder
+from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer
 from hlbgpt.utils.errors import InputError
 
 # White space of every kind, controls that only Python takes for white space, letters of all cases,
@@ -53,13 +54,13 @@ def encoding_named(name: str) -> Any:
     return load_tokenizer("bytes").encoding if name == "bytes" else synthetic_encoding(name)
 
 
-NAMES = sorted({"bytes", *tiktoken.list_encoding_names()} & tokenizer._CUTS.keys())
+NAMES = sorted({"bytes", *tiktoken.list_encoding_names()} & encoder._CUTS.keys())
 PIECES = [f"pieces of {name}" for name in ("gpt2", "cl100k_base", "o200k_base")]
 encodings = pytest.mark.parametrize("name", [*NAMES, *PIECES, "mine"])
 
 
 def encoded(tokenizer: Tokenizer, pieces: list[str]) -> tuple[list[int], int]:
-    parts = list(encode_stream(tokenizer, pieces))
+    parts = list(Encoder(tokenizer).stream(pieces))
     tokens = np.frombuffer(b"".join(part for part, _ in parts), dtype=tokenizer.dtype)
     return tokens.tolist(), sum(size for _, size in parts)
 
@@ -97,8 +98,8 @@ def test_pieces_give_the_tokens_of_the_whole(
     text = "".join(pieces)
     ours = Tokenizer(encoding_named(name), special)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "_CHUNK_CHARS", chunk)
-        patch.setattr(tokenizer, "_CACHED_PIECES", 3)
+        patch.setattr(encoder, "_CHUNK_CHARS", chunk)
+        patch.setattr(encoder, "_CACHED_PIECES", 3)
         tokens, size = encoded(ours, pieces)
     assert tokens == whole(ours, text) == ours.encode(text)
     assert size == len(text.encode())
@@ -109,21 +110,21 @@ def test_a_long_text_is_cut_often(
     name: str, test_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """English at spaces, code and Chinese without a space at line ends."""
-    monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 4000)
+    monkeypatch.setattr(encoder, "_CHUNK_CHARS", 4000)
     english = (test_data / "wikitext" / "wiki.test.raw").read_bytes().decode()[:300_000]
-    for text in (english, Path(tokenizer.__file__).read_text() * 9, "漢字。\n\n漢字\n" * 9000):
+    for text in (english, Path(encoder.__file__).read_text() * 9, "漢字。\n\n漢字\n" * 9000):
         pieces = [text[i : i + 1007] for i in range(0, len(text), 1007)]
         ours = Tokenizer(encoding_named(name))
         assert encoded(ours, pieces)[0] == ours.encoding.encode_ordinary(text)
-        assert len(list(encode_stream(ours, pieces))) > len(text) // 6000
+        assert len(list(Encoder(ours).stream(pieces))) > len(text) // 6000
 
 
 @pytest.mark.parametrize("special", [[], ["<|user|>"]])
 def test_single_characters_are_no_single_chunk(
     special: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 10)
-    chunks = encode_stream(load_tokenizer("bytes", special), "two words and more " * 50)
+    monkeypatch.setattr(encoder, "_CHUNK_CHARS", 10)
+    chunks = Encoder(load_tokenizer("bytes", special)).stream("two words and more " * 50)
     assert len(list(chunks)) > 40
 
 
@@ -183,8 +184,8 @@ def test_as_many_bits_as_the_vocabulary_needs(highest: int, dtype: str) -> None:
 
 
 def test_text_without_a_space_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_LONGEST_WORD", 1000)
-    monkeypatch.setattr(tokenizer, "_CHUNK_CHARS", 100)
+    monkeypatch.setattr(encoder, "_LONGEST_WORD", 1000)
+    monkeypatch.setattr(encoder, "_CHUNK_CHARS", 100)
     with pytest.raises(InputError, match="1000 characters without the end of a word"):
         encoded(load_tokenizer("bytes"), ["x" * 500] * 4)
 

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 
 from hlbgpt.__main__ import COMMANDS, DESCRIPTION
+from hlbgpt.cli import scale
 from hlbgpt.cli.config_checks import check_trainer_settings, require_run_name
 from hlbgpt.cli.parser import Parser, constructor_error
 from hlbgpt.cli.run_callbacks import (
@@ -105,8 +106,20 @@ class CLI(LightningCLI):
         return {self._command: known[self._command]} if self._command else known
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning's own, without its warning that arguments hide those of `sys.argv`."""
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        """As Lightning's own, without its warning that arguments hide those of `sys.argv`.
+
+        With `scale.depth` the values of the formulas go between the config files and what is typed.
+        """
+        assert isinstance(args, list)  # those given to __init__
+        words = plain = [word for word in args if not word.startswith("--print_config")]
+        self.config = parser.parse_args(plain)
+        if "scale" in self.config[self.config.subcommand]:
+            words = scale.with_formulas(args, parser.parse_args)
+        elif plain != args:
+            words = args
+        if words is not plain:
+            self.config = parser.parse_args(words)
+            self.config[self.config.subcommand].pop("scale", None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -114,6 +127,14 @@ class CLI(LightningCLI):
             type=str | None,
             default=None,
             help="Name of the run's folder, runs/NAME/version_N; that of the config by default.",
+        )
+        parser.add_argument(
+            "--scale.depth",
+            type=int,
+            default=SUPPRESS,
+            help="Number of blocks, from which formulas set width, heads, rates, batch and tokens, "
+            "beginning with what the config files say; what is typed beats them. See "
+            "hlbgpt/cli/scale.py.",
         )
         # For the help only: `checked` takes it out of the words.
         parser.add_argument(

@@ -34,7 +34,8 @@ def checked(words: Sequence[str]) -> list[str]:
             raise no_checkpoint(command)
         if "--ckpt_path" in names and "--config" not in names:
             stored, rest = _with_stored_settings(rest, trusted)
-    return [command, *stored, *_configs_first(rest)]
+    configs, others = split_configs(rest)
+    return [command, *stored, *configs, *others]
 
 
 def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -44,6 +45,20 @@ def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             name, equals, value = word.partition("=")
             name = "--config" if name == "-c" else name
             yield name, value if equals else "" if after.startswith("--") else after
+
+
+def split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Config files, and the other words: a file would override what is typed before it."""
+    configs, others, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--config", "-c") and rest:
+            configs += [word, rest.pop(0)]
+        elif word.startswith(("--config=", "-c=")):
+            configs.append(word)
+        else:
+            others.append(word)
+    return configs, others
 
 
 def last_value(words: Sequence[str], name: str) -> str | None:
@@ -113,20 +128,6 @@ def _require_config(names: list[str]) -> None:
         raise InputError(
             "config: none given; start with one, as in hlbgpt fit --config configs/quickstart.yaml"
         )
-
-
-def _configs_first(words: Sequence[str]) -> list[str]:
-    """Move config files to the front: a file would override what is typed before it."""
-    configs, others, rest = [], [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if word in ("--config", "-c") and rest:
-            configs += [word, rest.pop(0)]
-        elif word.startswith(("--config=", "-c=")):
-            configs.append(word)
-        else:
-            others.append(word)
-    return [*configs, *others]
 
 
 def _require_readable_configs(words: Sequence[str]) -> None:

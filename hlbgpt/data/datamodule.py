@@ -2,7 +2,6 @@
 
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,8 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from hlbgpt.data.loaders import EvalLoader, TrainLoader
+from hlbgpt.data.prepare import Part, parts_of, prepare_token_files
 from hlbgpt.data.sources import SPLITS, TextSource
-from hlbgpt.data.token_file import TokenFile, prepare_token_file, token_file_path
+from hlbgpt.data.step_loader import StepLoader, StepLoaderCallable
+from hlbgpt.data.token_file import TokenFiles
 from hlbgpt.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer
 from hlbgpt.utils.errors import MOST_BATCH_TOKENS, InputError, require_positive
 from hlbgpt.utils.files import expand_path
@@ -58,6 +59,12 @@ class TokenDataModule(L.LightningDataModule):
         prompts: Texts that `predict` continues.
         tokens_on_device: Whether to keep the training tokens on the device and gather batches
             there. By default on a GPU, if they take less than a tenth of its free memory.
+        train_loader: What makes training batches: random windows of the training tokens, or your
+            own subclass of `hlbgpt.data.StepLoader`.
+
+    Attributes:
+        files: The token files of the splits that are set up.
+        train_fingerprint: Tells training texts apart in records and checkpoints.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class TokenDataModule(L.LightningDataModule):
         seed: int | None = None,
         prompts: list[str] | str = [],  # noqa: B006
         tokens_on_device: bool | None = None,
+        train_loader: StepLoaderCallable = TrainLoader,
     ) -> None:
         super().__init__()
         require_positive(
@@ -103,7 +111,9 @@ class TokenDataModule(L.LightningDataModule):
         self.cache_dir, self.seed = expand_path(cache_dir, "data.cache_dir"), seed
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.tokens_on_device = tokens_on_device
-        self.files: dict[str, TokenFile] = {}
+        self.train_loader = train_loader
+        self.files: dict[str, TokenFiles] = {}
+        self.train_fingerprint = ""
 
     @cached_property
     def encoding(self) -> Tokenizer:
@@ -116,17 +126,27 @@ class TokenDataModule(L.LightningDataModule):
         headers = [file.header for file in self.files.values()]
         return headers[0].vocab_size if headers else self.encoding.vocab_size
 
+    @property
+    def train_description(self) -> str:
+        """How much the training split is, in words."""
+        if "train" not in self.files:
+            return "of data.train_loader"
+        header = self.files["train"].header
+        return f"{header.tokens:,} tokens ({header.tokenizer})"
+
     # --- set-up -------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Tokenize the splits that the cache lacks. Raises InputError for unreadable text."""
         for split in _SPLITS_OF_STAGE[self.trainer.state.fn if self.trainer else None]:
-            prepare_token_file(self._path(split), self.source, split, lambda: self.encoding)
+            if parts := self._parts(split):
+                prepare_token_files(parts, split, lambda: self.encoding)
 
     def setup(self, stage: str | None = None) -> None:
         """Map the token files that `stage` needs. Raises InputError for a text too short."""
         for split in _SPLITS_OF_STAGE[stage]:
-            self.files[split] = TokenFile(self._path(split))
+            if parts := self._parts(split):
+                self.files[split] = TokenFiles([part.path for part in parts])
         if stage == "predict" and not (self.prompts and all(self.prompts)):
             found = "a prompt is empty" if self.prompts else "no prompt"
             raise InputError(
@@ -140,9 +160,9 @@ class TokenDataModule(L.LightningDataModule):
                     f"has {tokens} tokens; use a longer text or set it below {tokens}"
                 )
 
-    def _path(self, split: str) -> Path:
+    def _parts(self, split: str) -> list[Part]:
         name = self.tokenizer
-        return token_file_path(self.cache_dir, self.source, split, name, self.special_tokens)
+        return parts_of(self.cache_dir, self.source, split, name, self.special_tokens)
 
     def require_batch(
         self, batch_size: int, sequence_length: int, *, key: str = _TRAIN_SHAPE
@@ -161,9 +181,9 @@ class TokenDataModule(L.LightningDataModule):
 
     # --- loaders ------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> StepLoader:
         loader = self._train_loader(*self.device_batch, self.sequence_length, _TRAIN_SHAPE)
-        if self.trainer:
+        if self.trainer and isinstance(loader, TrainLoader):
             device, keeps = self.trainer.strategy.root_device, self.tokens_on_device
             if keeps is None and device.type == "cuda":
                 keeps = self.files["train"].tokens.nbytes < 0.1 * torch.cuda.mem_get_info(device)[0]
@@ -173,25 +193,27 @@ class TokenDataModule(L.LightningDataModule):
 
     def _train_loader(
         self, micro_batches: int, batch_size: int, sequence_length: int, key: str
-    ) -> TrainLoader:
+    ) -> StepLoader:
+        tokens = self.files["train"].tokens if "train" in self.files else None
+        seed = self.seed if self.seed is not None else run_seed() or 0
+        loader = self.train_loader(tokens, seed, *self._rank().values())
         try:
-            return TrainLoader(
-                self.files["train"].tokens,
-                require_whole=self.files["train"].require_whole,
+            loader.set_step(
+                micro_batches=micro_batches,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
-                micro_batches=micro_batches,
-                seed=self.seed if self.seed is not None else run_seed() or 0,
-                **self._rank(),
             )
         except ValueError as error:
             raise InputError(
                 f"{key}: train split too short: {error}; use a longer text or smaller values"
             ) from error
+        self.train_fingerprint = loader.fingerprint or self.files["train"].header.fingerprint
+        return loader
 
     def _rank(self) -> dict[str, int]:
         trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return {"rank": rank, "world_size": world_size}
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("validation")
@@ -202,7 +224,6 @@ class TokenDataModule(L.LightningDataModule):
     def _eval_loader(self, split: str) -> EvalLoader:
         return EvalLoader(
             self.files[split].tokens,
-            require_whole=self.files[split].require_whole,
             batch_size=self.eval_batch_size,
             sequence_length=self.eval_sequence_length,
             **self._rank(),

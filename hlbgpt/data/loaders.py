@@ -4,7 +4,7 @@ Shapes: M micro-batches of an optimizer step, B windows of a micro-batch on each
 tokens of a window. A window is T + 1 tokens: `[:-1]` are the inputs, `[1:]` the targets.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlbgpt.utils.clock import Stopwatch
+from hlbgpt.data.joined_tokens import JoinedTokens
+from hlbgpt.data.step_loader import StepLoader
 from hlbgpt.utils.errors import InputError
 
-_ENDLESS = 1 << 40  # steps; any length keeps Lightning from reading a batch ahead
 _BLOCK = 1 << 14  # windows whose order is drawn at a time
-_COUNTED = 1 << 24  # tokens that are counted at a time
+_COUNTED = 1 << 20  # tokens that are counted at a time
+_COPIED = 1 << 24  # tokens that are copied to a device at a time
 
 
-class TrainLoader:
-    """Hands out the tokens of one optimizer step at a time, without end: (M, B, T + 1) int64.
+class TrainLoader(StepLoader):
+    """Random windows of the training tokens: (M, B, T + 1) int64 for each optimizer step.
 
     An epoch cuts the tokens into windows from a random phase and shuffles them, so that every
     window comes once. Each of `world_size` ranks takes its own windows of a micro-batch. Phase and
@@ -29,48 +30,34 @@ class TrainLoader:
     is where the next window is.
 
     Args:
-        tokens: (N,) uint16, or uint32 below 2^31.
-        batch_size: B.
-        sequence_length: T.
-        micro_batches: M.
+        tokens: (N,) uint16, or uint32 below 2^31, in one array or several.
         seed: Determines phases and orders.
         rank: Rank of this process, of `world_size`.
-        require_whole: Called before tokens are read, to raise an error if the file in which they
-            are mapped has been cut, which would kill the process.
-
-    Attributes:
-        wait: Time spent on making batches.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: The tokens hold fewer windows than a micro-batch of all ranks.
+        InputError: There are no tokens.
     """
-
-    micro_batches: int
-    batch_size: int
-    sequence_length: int
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        *,
-        batch_size: int,
-        sequence_length: int,
-        micro_batches: int = 1,
+        tokens: JoinedTokens | np.ndarray | None,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        require_whole: Callable[[], None] = lambda: None,
     ) -> None:
-        self._tokens, self._require_whole = tokens, require_whole
+        if tokens is None:
+            raise InputError(
+                "data.source: no text for the train split; set folder or train of "
+                "hlbgpt.data.TextFiles, or data.train_loader to a loader with tokens of its own"
+            )
+        self._tokens = JoinedTokens([tokens]) if isinstance(tokens, np.ndarray) else tokens
+        super().__init__(self._tokens, seed, rank, world_size)
         self._device_tokens: Tensor | None = None
-        self._mask = 0xFFFF if tokens.itemsize == 2 else 0x7FFFFFFF  # of a token among its bits
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        # Of a token among its bits.
+        self._mask = 0xFFFF if self._tokens.dtype.itemsize == 2 else 0x7FFFFFFF
         self.epoch = self.next_window = 0
-        self.wait = Stopwatch()
         self._block: tuple[Any, np.ndarray] = (None, np.empty(0, dtype=np.int64))
-        self.set_step(
-            micro_batches=micro_batches, batch_size=batch_size, sequence_length=sequence_length
-        )
         self._position_of = self._data_identity()
 
     def set_step(
@@ -93,13 +80,7 @@ class TrainLoader:
                 f"{len(self._tokens)} tokens hold {windows} windows of {length}, fewer "
                 f"than a batch of {rows * self.world_size}"
             )
-        self.batch_size, self.sequence_length = rows, length
-        self.micro_batches = micro_batches or self.micro_batches
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens that the next step trains on, on all devices."""
-        return self.micro_batches * self.batch_size * self.sequence_length * self.world_size
+        super().set_step(micro_batches=micro_batches, batch_size=rows, sequence_length=length)
 
     def windows_per_epoch(self, sequence_length: int) -> int:
         """Number of windows that fit for any phase from 0 to T - 1."""
@@ -107,42 +88,42 @@ class TrainLoader:
 
     def keep_tokens_on(self, device: torch.device) -> None:
         """Copy all tokens to `device`, where batches are gathered from then on."""
-        self._require_whole()
         # torch cannot index unsigned tokens on a GPU, so their bits are stored as signed ones.
-        signed = self._tokens.astype(f"i{self._tokens.itemsize}")
-        self._device_tokens = torch.from_numpy(signed).to(device)
+        dtype = torch.int16 if self._tokens.dtype.itemsize == 2 else torch.int32
+        kept = torch.empty(len(self._tokens), dtype=dtype, device=device)
+        for start in range(0, len(kept), _COPIED):
+            part = self._tokens[start : start + _COPIED]
+            kept[start : start + _COPIED] = torch.from_numpy(part.astype(f"i{part.itemsize}"))
+        self._device_tokens = kept
 
     def token_counts(self, vocab_size: int) -> Tensor:
-        """(vocab_size,) int64: how often each token occurs; on the device if the tokens are."""
-        tokens = self._tokens if self._device_tokens is None else self._device_tokens
-        device = None if self._device_tokens is None else self._device_tokens.device
-        counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
-        for start in range(0, len(tokens), _COUNTED):
-            block = tokens[start : start + _COUNTED]
-            if isinstance(block, np.ndarray):
-                self._require_whole()
-                block = torch.from_numpy(block.astype(np.int32))
-            counts += torch.bincount(block.to(torch.int32) & self._mask, minlength=vocab_size)
-        return counts
+        """(vocab_size,) int64: how often each token occurs in this rank's share of the tokens.
 
-    def __len__(self) -> int:
-        return _ENDLESS
+        The shares of all ranks are the whole. On the device if the tokens are.
+        """
+        start, stop = (
+            rank * len(self._tokens) // self.world_size for rank in (self.rank, self.rank + 1)
+        )
+        if (kept := self._device_tokens) is not None:
+            counts = torch.zeros(vocab_size, dtype=torch.int64, device=kept.device)
+            for first in range(start, stop, _COPIED):
+                part = kept[first : min(stop, first + _COPIED)].to(torch.int32) & self._mask
+                counts += torch.bincount(part, minlength=vocab_size)
+            return counts
+        on_host = np.zeros(vocab_size, dtype=np.int64)
+        for first in range(start, stop, _COUNTED):
+            tokens = self._tokens[first : min(stop, first + _COUNTED)]
+            on_host += np.bincount(tokens, minlength=vocab_size)
+        return torch.from_numpy(on_host)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Steps from where the loader stands; only taking one moves it on."""
-        while True:
-            self.wait.start()
-            step = self._gather(self._next_offsets())
-            self.wait.stop()
-            yield step
+    def next_step(self) -> Tensor:
+        return self._gather(self._next_offsets())
 
     def _gather(self, offsets: np.ndarray) -> Tensor:
         """Windows that start at `offsets` (M, B): (M, B, T + 1) int64."""
         if self._device_tokens is None:
-            self._require_whole()
-            view = np.lib.stride_tricks.sliding_window_view
-            windows = view(self._tokens, self.sequence_length + 1)
-            return torch.from_numpy(windows[offsets].astype(np.int64))
+            windows = self._tokens.windows(offsets, self.sequence_length + 1)
+            return torch.from_numpy(windows.astype(np.int64))
         device = self._device_tokens.device
         start = torch.from_numpy(offsets).to(device, non_blocking=True)
         places = start[..., None] + torch.arange(self.sequence_length + 1, device=device)
@@ -208,21 +189,21 @@ class EvalLoader:
     The last window may be shorter. It and the last batch are filled up with -1, so that all
     batches have one shape, (B, T + 1) int64. Ranks take turns, window by window.
 
-    The arguments are those of `TrainLoader`; there must be at least two tokens.
+    There must be at least two tokens, in one array or several. The other arguments are those of
+    `StepLoader`.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: JoinedTokens | np.ndarray,
         *,
         batch_size: int,
         sequence_length: int,
         rank: int = 0,
         world_size: int = 1,
-        require_whole: Callable[[], None] = lambda: None,
     ) -> None:
         assert len(tokens) > 1, "nothing to predict"
-        self._tokens, self._require_whole = tokens, require_whole
+        self._tokens = tokens
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.rank, self.world_size = rank, world_size
         self._windows = -(-(len(tokens) - 1) // sequence_length)
@@ -234,7 +215,6 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Tensor]:
         own_windows = iter(range(self.rank, self._windows, self.world_size))
         for _ in range(len(self)):
-            self._require_whole()
             batch = np.full((self.batch_size, self.sequence_length + 1), -1, dtype=np.int64)
             for row, window in enumerate(islice(own_windows, self.batch_size)):
                 start = window * self.sequence_length

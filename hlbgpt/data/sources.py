@@ -4,11 +4,13 @@ To add a source, write a subclass of TextSource and name it in YAML as `data.sou
 """
 
 import codecs
+import glob
 import hashlib
 import os
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hlbgpt.utils.errors import InputError
@@ -16,6 +18,8 @@ from hlbgpt.utils.files import expand_path, require_regular
 
 SPLITS = ("train", "validation", "test")
 SPLIT_PERIOD = 20
+
+PART_BYTES = 1 << 26  # fewer would make a large text many small files
 
 _BLOCK_BYTES = 1 << 16
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 12  # read at every start, however many files there are
@@ -40,10 +44,43 @@ class TextSource(ABC):
         """Estimate the UTF-8 bytes of `split` for the progress bar; None if not known."""
         return None
 
+    def parts(self, split: str) -> Sequence["TextSource"]:
+        """Return sources whose texts for `split`, one after another, are that of this source.
+
+        Each part gets a token file of its own, so a text that grows by a part needs to be tokenized
+        only there. No token spans two parts. It is computed at every start, as the fingerprint is.
+        By default a text is one part.
+        """
+        return [self]
+
 
 def drawn_split(number: int, period: int = SPLIT_PERIOD) -> str:
     """Return the split of a block or row: of every `period`, the last two are held out."""
     return {period - 2: "validation", period - 1: "test"}.get(number % period, "train")
+
+
+def grouped(paths: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """Group the files of a text into parts of at least 64 MiB, but for the last.
+
+    A file is the last of its part if a hash of its name says so, the more likely the larger it is.
+    So where a file is added or removed, the parts soon end with the same files as before.
+
+    Args:
+        paths: The files, in the order of the text.
+        names: Of each what is hashed, which should not depend on where the folder is.
+    """
+    groups: list[list[str]] = []
+    complete, group_bytes = True, 0
+    for path, name in zip(paths, names, strict=True):
+        if complete:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(path)
+        size = os.path.getsize(path)
+        group_bytes += size
+        ends = zlib.crc32(os.fsencode(name)) % PART_BYTES < size
+        complete = ends and group_bytes >= PART_BYTES
+    return groups
 
 
 def file_stamps(paths: Iterable[str | Path]) -> str:
@@ -121,35 +158,35 @@ def read_utf8(path: str | Path) -> Iterator[str]:
 
 
 class TextFiles(TextSource):
-    """Three UTF-8 text files, used byte for byte.
+    """UTF-8 text files for each split, used byte for byte.
+
+    A split may be several files, whose texts follow one another as they are. They are tokenized in
+    groups of 64 MiB or more, so that a file that is added later costs the tokenizing of its group.
 
     Args:
         folder: Folder with the splits under WikiText's file names: `wiki.train.raw`,
             `wiki.valid.raw` and `wiki.test.raw`, or the same with the ending `.tokens`.
-        train: File to use as the training split instead.
-        validation: File to use as the validation split instead.
-        test: File to use as the test split instead.
+        train: File to use as the training split instead, or several, or a pattern such as
+            `texts/train-*.txt`. May be left out with a `data.train_loader` of your own.
+        validation: The same for the validation split.
+        test: The same for the test split.
     """
 
     def __init__(
         self,
         folder: str | None = None,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
+        train: list[str] | str | None = None,
+        validation: list[str] | str | None = None,
+        test: list[str] | str | None = None,
     ) -> None:
         self.folder = folder
         self.files = {"train": train, "validation": validation, "test": test}
 
-    def path(self, split: str) -> Path:
-        """Return the file of `split`. Raises InputError if there is none."""
-        if (file := self.files[split]) is not None:
-            path = expand_path(file, f"data.source.{split}")
-            if not path.is_file():
-                raise InputError(
-                    f"data.source.{split}: no file {str(path)!r}; name a UTF-8 text file"
-                )
-            return path
+    def paths(self, split: str) -> list[str]:
+        """Return the files of `split`. Raises InputError if there are none."""
+        if (named := self.files[split]) is not None:
+            files = [named] if isinstance(named, str) else named
+            return [path for file in files for path in _matching(file, f"data.source.{split}")]
         if self.folder is None:
             raise InputError(
                 f"data.source: no text for the {split} split; set folder (with wiki.*.raw) or "
@@ -159,17 +196,35 @@ class TextFiles(TextSource):
         stem = "wiki." + {"validation": "valid"}.get(split, split)
         for path in (folder / f"{stem}.raw", folder / f"{stem}.tokens"):
             if path.is_file():
-                return path
+                return [str(path)]
         raise InputError(
             f"data.source.folder: no {stem}.raw or {stem}.tokens in {str(folder)!r}; add it or set "
             f"data.source.{split} to a text file"
         )
 
+    def parts(self, split: str) -> list["TextFiles"]:
+        if split == "train" and self.folder is None and self.files["train"] is None:
+            return []
+        paths = self.paths(split)
+        groups = grouped(paths, [os.path.basename(path) for path in paths])
+        return [TextFiles(None, **{split: group}) for group in groups]
+
     def fingerprint(self, split: str) -> str:
-        return file_stamps([self.path(split)])
+        return file_stamps(self.paths(split))
 
     def size(self, split: str) -> int:
-        return self.path(split).stat().st_size
+        return sum(map(os.path.getsize, self.paths(split)))
 
     def chunks(self, split: str) -> Iterator[str]:
-        return read_utf8(self.path(split))
+        for path in self.paths(split):
+            yield from read_utf8(path)
+
+
+def _matching(file: str, key: str) -> list[str]:
+    """The file that is named, or those that fit the pattern, in the order of their names."""
+    path = str(expand_path(file, key))
+    if os.path.isfile(path):
+        return [path]
+    if found := sorted(filter(os.path.isfile, glob.glob(path))):
+        return found
+    raise InputError(f"{key}: no file {path!r}; name a UTF-8 text file")

@@ -3,9 +3,16 @@
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from itertools import islice
+from itertools import chain, islice
 
-from hlbgpt.data.sources import SPLIT_PERIOD, TextSource, drawn_split, file_stamps, read_utf8
+from hlbgpt.data.sources import (
+    SPLIT_PERIOD,
+    TextSource,
+    drawn_split,
+    file_stamps,
+    grouped,
+    read_utf8,
+)
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.files import expand_path
 
@@ -19,6 +26,9 @@ class TextFolder(TextSource):
     The files are cut into blocks of about 16,000 characters, or fewer in a folder of less than
     3 MB, at the end of a paragraph if possible. Of every 20 blocks in a row the 19th is for
     validation and the 20th for test. A blank line follows each file.
+
+    Files of a large folder are tokenized, and their blocks counted, in groups of 64 MiB or more. So
+    a file that is added later costs the tokenizing of its group.
 
     Args:
         folder: Folder with the files. Hidden files and folders in it are ignored.
@@ -51,33 +61,56 @@ class TextFolder(TextSource):
             )
         return sorted(found)
 
-    def fingerprint(self, split: str) -> str:
-        return file_stamps(self.files())
-
-    def size(self, split: str) -> int:
-        total = sum(map(os.path.getsize, self.files()))
-        return total * (SPLIT_PERIOD - 2 if split == "train" else 1) // SPLIT_PERIOD
-
-    def chunks(self, split: str) -> Iterator[str]:
-        """Yield the blocks of `split`. Raises InputError for too little text for three splits."""
-        if len(list(islice(self._blocks(), SPLIT_PERIOD))) < SPLIT_PERIOD:
+    def parts(self, split: str) -> list["_FolderPart"]:
+        """Raises InputError for too little text for three splits."""
+        files = self.files()
+        # Some 60 blocks in a small folder, even where a character has 3 bytes, as in Chinese.
+        block_chars = sum(map(os.path.getsize, files)) // (3 * 60)
+        block_chars = min(max(block_chars, _MIN_BLOCK_CHARS), _BLOCK_CHARS)
+        names = [os.path.relpath(file, self.folder) for file in files]
+        parts = [_FolderPart(group, block_chars) for group in grouped(files, names)]
+        blocks = chain.from_iterable(part.blocks() for part in parts)
+        if len(list(islice(blocks, SPLIT_PERIOD))) < SPLIT_PERIOD:
             raise InputError(
                 f"data.source.folder: the text in {self.folder!r} is too short for a train, "
                 f"validation and test split; give at least {SPLIT_PERIOD} files or "
                 f"{2 * SPLIT_PERIOD * _MIN_BLOCK_CHARS:,} characters, or name a file for each "
                 "split (class_path: hlbgpt.data.TextFiles)"
             )
-        for number, block in enumerate(self._blocks()):
+        return parts
+
+    def fingerprint(self, split: str) -> str:
+        return file_stamps(self.files())
+
+    def size(self, split: str) -> int:
+        return sum(part.size(split) for part in self.parts(split))
+
+    def chunks(self, split: str) -> Iterator[str]:
+        for part in self.parts(split):
+            yield from part.chunks(split)
+
+
+class _FolderPart(TextSource):
+    """Some of a folder's files, whose blocks are counted from their first."""
+
+    def __init__(self, files: list[str], block_chars: int) -> None:
+        self.files, self.block_chars = files, block_chars
+
+    def fingerprint(self, split: str) -> str:
+        return f"{file_stamps(self.files)}:{self.block_chars}"
+
+    def size(self, split: str) -> int:
+        total = sum(map(os.path.getsize, self.files))
+        return total * (SPLIT_PERIOD - 2 if split == "train" else 1) // SPLIT_PERIOD
+
+    def chunks(self, split: str) -> Iterator[str]:
+        for number, block in enumerate(self.blocks()):
             if drawn_split(number) == split:
                 yield block
 
-    def _blocks(self) -> Iterator[str]:
-        files = self.files()
-        # Some 60 blocks in a small folder, even where a character has 3 bytes, as in Chinese.
-        block_chars = sum(map(os.path.getsize, files)) // (3 * 60)
-        block_chars = min(max(block_chars, _MIN_BLOCK_CHARS), _BLOCK_CHARS)
-        for file in files:
-            yield from cut(read_utf8(file), block_chars)
+    def blocks(self) -> Iterator[str]:
+        for file in self.files:
+            yield from cut(read_utf8(file), self.block_chars)
 
 
 def cut(pieces: Iterator[str], block_chars: int) -> Iterator[str]:

@@ -1,30 +1,28 @@
 """Token files: tokens behind a small header, written once and then memory-mapped.
 
-bytes 0..7       magic and format version
-bytes 8..4095    the header's fields as JSON, padded with spaces
-bytes 4096..     the tokens, little-endian uint16 or uint32 as the header says
+bytes 0..7        magic and format version
+bytes 8..4091     the header's fields as JSON, padded with spaces
+bytes 4092..4095  the CRC-32 of the bytes before, little-endian
+bytes 4096..      the tokens, little-endian uint16 or uint32 as the header says
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import mmap
+import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich import progress
 
-from hlbgpt.data.sources import TextSource
-from hlbgpt.data.tokenizer import Tokenizer, encode_stream
+from hlbgpt.data.joined_tokens import JoinedTokens
 from hlbgpt.utils.errors import InputError
-from hlbgpt.utils.files import atomic_write, locked
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _MAGIC = b"hlbgpt\x00" + bytes([FORMAT_VERSION])
-_HEADER_BYTES = 4096
+HEADER_BYTES = 4096
+_FIELD_BYTES = HEADER_BYTES - 4
 _VERIFIED = 1 << 24  # tokens whose checksum is computed at a time
 
 
@@ -34,7 +32,7 @@ class DamagedFileError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Description of a token file, stored in it."""
+    """Description of a token file, stored in it, or of several that are used as one."""
 
     tokenizer: str
     vocab_size: int  # of the tokenizer
@@ -51,6 +49,11 @@ class Header:
     def fingerprint(self) -> str:
         """Tells texts apart in records and checkpoints: the checksum of the tokens."""
         return f"{self.crc32:08x}"
+
+    def to_bytes(self) -> bytes:
+        """The header as stored: 4096 bytes."""
+        fields = (_MAGIC + json.dumps(dataclasses.asdict(self)).encode()).ljust(_FIELD_BYTES)
+        return fields + zlib.crc32(fields).to_bytes(4, "little")
 
 
 class TokenFile:
@@ -72,15 +75,15 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = _read_header(path)
-        found, itemsize = path.stat().st_size - _HEADER_BYTES, np.dtype(self.header.dtype).itemsize
-        if found != itemsize * self.header.tokens or found == 0:
+        found, itemsize = path.stat().st_size - HEADER_BYTES, np.dtype(self.header.dtype).itemsize
+        if found != itemsize * self.header.tokens:
             raise DamagedFileError(
                 f"{path}: damaged: its header promises {self.header.tokens} tokens, the file "
                 f"holds {max(0, found) // itemsize}"
             )
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.tokens = np.frombuffer(self._map, self.header.dtype, offset=_HEADER_BYTES)
+        self.tokens = np.frombuffer(self._map, self.header.dtype, offset=HEADER_BYTES)
 
     def require_whole(self) -> None:
         """Raise DamagedFileError if the file has been cut since it was opened (about 1 µs)."""
@@ -105,97 +108,67 @@ class TokenFile:
 
 def _read_header(path: Path) -> Header:
     with path.open("rb") as file:
-        block = file.read(_HEADER_BYTES)
+        block = file.read(HEADER_BYTES)
     if not block.startswith(_MAGIC):
         raise DamagedFileError(
             f"{path}: damaged: not a token file of format version {FORMAT_VERSION}"
         )
+    fields, checksum = block[:_FIELD_BYTES], block[_FIELD_BYTES:]
+    if zlib.crc32(fields).to_bytes(4, "little") != checksum:
+        raise DamagedFileError(f"{path}: damaged: the header does not match its checksum")
     try:
-        return Header(**json.loads(block[len(_MAGIC) :]))
-    except (ValueError, TypeError) as error:
+        return Header(**json.loads(fields[len(_MAGIC) :]))
+    except (ValueError, TypeError) as error:  # of another program
         raise DamagedFileError(f"{path}: damaged: its header cannot be read") from error
 
 
-def _identity(source: TextSource, split: str) -> str:
-    """Return what identifies a text: the class of its source and the source's fingerprint."""
-    return f"{type(source).__module__}.{type(source).__qualname__}:{source.fingerprint(split)}"
+class TokenFiles:
+    """The token files of a split, opened and read as one.
 
-
-def token_file_path(
-    cache: Path, source: TextSource, split: str, tokenizer: str, special_tokens: Sequence[str] = ()
-) -> Path:
-    """Return the path of a token file; its name depends on text, tokenizer and format version."""
-    key = f"{FORMAT_VERSION}|{tokenizer}|{list(special_tokens)}|{_identity(source, split)}"
-    return cache / f"{split}-{tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.tokens"
-
-
-def prepare_token_file(
-    path: Path, source: TextSource, split: str, tokenizer: Callable[[], Tokenizer]
-) -> TokenFile:
-    """Open the token file at `path`; tokenize `split` of `source` into it first if necessary.
-
-    An existing file is verified, and built again if it is damaged. Tokenizing takes bounded
-    memory and shows a progress bar. If several processes need the file, one builds it and the
-    others wait.
+    Attributes:
+        files: The files, in the order of the text.
+        header: Of all tokens; of several files, the fingerprint is made from theirs.
+        tokens: The tokens, memory-mapped. Reading them from a file that was cut raises
+            DamagedFileError.
 
     Raises:
-        InputError: The text is empty or cannot be read, or the file cannot be written.
+        DamagedFileError: A file is not complete, or is not a token file of this format.
+        InputError: A file is not there any more, or they are too many to be open.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError, DamagedFileError):
-            return TokenFile(path).verify()
-        with locked(path.parent, wait=False) as free:
-            if not free:
-                print(f"waiting for another process that builds token files in {path.parent}")
-        with locked(path.parent, wait=True):
-            # Another process may have built the file meanwhile.
-            try:
-                return TokenFile(path).verify()
-            except FileNotFoundError:
-                pass
-            except DamagedFileError as error:
-                print(f"{error}; building it again")
-            with atomic_write(path) as temporary:
-                _write(temporary, source, split, tokenizer())
-            return TokenFile(path)
-    except OSError as error:
-        raise InputError(
-            f"data: {error.filename or path}: {error.strerror or error}; data.source must be "
-            "readable, and data.cache_dir a folder that can be written and has room"
-        ) from error
 
-
-def _write(path: Path, source: TextSource, split: str, tokenizer: Tokenizer) -> None:
-    crc = stored = size = 0
-    made_from = _identity(source, split)
-    columns = *progress.Progress.get_default_columns(), progress.TransferSpeedColumn()
-    with progress.Progress(*columns) as bar, path.open("wb") as file:
-        task = bar.add_task(f"tokenizing {split}", total=source.size(split))
-        file.write(bytes(_HEADER_BYTES))
-        for encoded, text_bytes in encode_stream(tokenizer, source.chunks(split)):
-            file.write(encoded)
-            crc = zlib.crc32(encoded, crc)
-            stored += len(encoded)
-            size += text_bytes
-            bar.update(task, completed=size)
-        bar.update(task, total=size)
-        if stored == 0:
+    def __init__(self, paths: Sequence[Path]) -> None:
+        if len(paths) > 1:
+            _allow_open_files(len(paths))
+        try:
+            self.files = [TokenFile(path) for path in paths]
+        except OSError as error:
             raise InputError(
-                f"data.source: the {split} split is empty; name a file that contains text"
-            )
-        if _identity(source, split) != made_from:
-            raise InputError(
-                f"data.source: the {split} split changed while it was tokenized; start again "
-                "once no process is writing to it"
-            )
-        header = Header(
-            str(tokenizer),
-            vocab_size=tokenizer.vocab_size,
-            dtype=tokenizer.dtype,
-            tokens=stored // np.dtype(tokenizer.dtype).itemsize,
-            text_bytes=size,
-            crc32=crc,
+                f"data: {error.filename}: {error.strerror}, though the text was tokenized just "
+                f"now into {len(paths)} files; start again if the text or the cache has changed"
+            ) from error
+        self.header = _joined([file.header for file in self.files])
+        self.tokens = JoinedTokens(
+            [file.tokens for file in self.files], lambda part: self.files[part].require_whole()
         )
-        file.seek(0)
-        file.write((_MAGIC + json.dumps(dataclasses.asdict(header)).encode()).ljust(_HEADER_BYTES))
+
+
+def _joined(headers: list[Header]) -> Header:
+    first, *others = headers
+    if not others:
+        return first
+    return dataclasses.replace(
+        first,
+        tokens=sum(header.tokens for header in headers),
+        text_bytes=sum(header.text_bytes for header in headers),
+        crc32=zlib.crc32("".join(header.fingerprint for header in headers).encode()),
+    )
+
+
+def _allow_open_files(more: int) -> None:
+    """Let this process have `more` open files: a mapped file counts as one, and 1024 are usual."""
+    if os.name == "posix":
+        import resource
+
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = allowed + more if most == resource.RLIM_INFINITY else min(allowed + more, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

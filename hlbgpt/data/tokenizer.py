@@ -1,47 +1,11 @@
-"""Tokenizers (tiktoken encodings), and encoding of a text of any length in bounded memory."""
+"""Tokenizers: tiktoken's encodings and special tokens."""
 
 import re
-import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import tiktoken
 
 from hlbgpt.utils.errors import InputError
-
-# Unicode's White_Space, which is what `\s` means in tiktoken's patterns. Python's `\s` and
-# `str.isspace` count four control characters more.
-_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_INNER_SPACE_MARK = "\0"
-
-_CHUNK_CHARS = 1 << 20
-_LONGEST_WORD = 1 << 24  # characters
-_CACHED_PIECES = 1 << 18
-
-
-class _Cuts(NamedTuple):
-    """Where a text can be cut so that its parts have the tokens of the whole."""
-
-    last: re.Pattern[str]  # matches from the start of a text to the last place for a cut
-    inner_space: re.Pattern[str]  # a space that is no such place; all others are, in front of them
-
-
-# GPT-2's pattern splits a text into words, each with the space before it. A word ends before white
-# space, and of several white-space characters before a word, the last belongs to the word if it is
-# a space. Other spaces, after white space and before white space or the end of the text, do not.
-_GPT2_CUTS = _Cuts(
-    re.compile(f".*[^{_SPACE}](?=[{_SPACE}])", re.DOTALL),
-    re.compile(f" (?![^{_SPACE}])(?<![^{_SPACE}] )"),
-)
-# In cl100k's and o200k's patterns, line ends belong to the punctuation or white space before them,
-# and in o200k's so do slashes after line ends. But no piece continues from a character that is not
-# white space to a space, nor from a line end to anything but white space and slashes.
-_CL100K_CUTS = _Cuts(
-    re.compile(f".*(?:[^{_SPACE}](?= )|[\r\n](?=[^{_SPACE}/]))", re.DOTALL),
-    re.compile(f"(?<![^{_SPACE}]) "),
-)
-_CUTS = dict.fromkeys(("bytes", "gpt2", "r50k_base", "p50k_base", "p50k_edit"), _GPT2_CUTS)
-_CUTS |= dict.fromkeys(("cl100k_base", "o200k_base", "o200k_harmony"), _CL100K_CUTS)
 
 _FILES = {
     "gpt2": "vocab.bpe and encoder.json",
@@ -169,85 +133,3 @@ def load_tokenizer(name: str, special_tokens: Sequence[str] = ()) -> Tokenizer:
             "tiktoken keeps them, or use the tokenizer 'bytes'"
         ) from error
     return Tokenizer(encoding, special_tokens)
-
-
-def encode_stream(tokenizer: Tokenizer, parts: Iterable[str]) -> Iterator[tuple[bytes, int]]:
-    """Encode a text that comes in parts; the tokens equal those of encoding it at once.
-
-    Memory is bounded with the encodings that tiktoken 0.14 has. The pattern of any other is
-    unknown, so its texts are encoded at once.
-
-    Yields:
-        Tokens as `tokenizer.dtype`, and the number of UTF-8 bytes that they stand for.
-    """
-    cuts = _CUTS.get(tokenizer.name)
-    cache = _PieceCache(tokenizer, cuts)
-    for text in ["".join(parts)] if cuts is None else _chunks(parts, tokenizer, cuts):
-        yield cache.encode_chunk(text), len(text.encode())
-
-
-class _PieceCache(dict[str, bytes]):
-    """Encodes text piece by piece and remembers the tokens of each piece.
-
-    The pieces between the spaces at which the text can be cut, mostly single words, repeat so
-    often that a dictionary is several times faster than encoding them all.
-
-    Keys are pieces without the space in front, values are tokens as stored.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, cuts: _Cuts | None) -> None:
-        super().__init__()
-        self._split, self._encode_ordinary = tokenizer.split, tokenizer.encoding.encode_ordinary
-        self._cuts = cuts
-        self._code = {"<u2": "H", "<u4": "I"}[tokenizer.dtype]
-
-    def encode_chunk(self, text: str) -> bytes:
-        """Encode a text that starts and ends at places for a cut, with its special tokens."""
-        return b"".join(
-            self._encode_pieces(part) if special is None else struct.pack(f"<{self._code}", special)
-            for part, special in self._split(text)
-        )
-
-    def _encode_pieces(self, text: str) -> bytes:
-        if self._cuts is None or _INNER_SPACE_MARK in text:
-            return self._encode(text)
-        if len(self) > _CACHED_PIECES:
-            self.clear()
-        first, *pieces = self._cuts.inner_space.sub(_INNER_SPACE_MARK, text).split(" ")
-        first_tokens = self._encode(first.replace(_INNER_SPACE_MARK, " "))
-        return first_tokens + b"".join(map(self.__getitem__, pieces))
-
-    def __missing__(self, piece: str) -> bytes:
-        tokens = self[piece] = self._encode(" " + piece.replace(_INNER_SPACE_MARK, " "))
-        return tokens
-
-    def _encode(self, text: str) -> bytes:
-        tokens = self._encode_ordinary(text)
-        return struct.pack(f"<{len(tokens)}{self._code}", *tokens)
-
-
-def _chunks(parts: Iterable[str], tokenizer: Tokenizer, cuts: _Cuts) -> Iterator[str]:
-    """Yield the same text in chunks of about a million characters that end at places for a cut.
-
-    Raises:
-        InputError: No such place in 16 million characters; memory would have no bound.
-    """
-    held, searched = "", 0
-    for part in parts:
-        held += part
-        if len(held) < _CHUNK_CHARS:
-            continue
-        # Special tokens that begin before `known` are complete.
-        known = len(held) - tokenizer.longest_special + 1
-        if match := cuts.last.match(held, searched, known):
-            end = tokenizer.skip_special(held, match.end())
-            yield held[:end]
-            held, searched = held[end:], 0
-        elif len(held) > _LONGEST_WORD:
-            raise InputError(
-                f"text: {_LONGEST_WORD} characters without the end of a word; is this a text file?"
-            )
-        else:
-            searched = max(0, known - 1)
-    if held:
-        yield held

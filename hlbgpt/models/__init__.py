@@ -1,7 +1,7 @@
 """Networks in plain torch; `Network` defines what a network takes and returns."""
 
 from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
-from hlbgpt.models.base import Network, token_scores
+from hlbgpt.models.base import Network, checkpoint_blocks, token_scores
 from hlbgpt.models.fast_gpt import FastGPT
 from hlbgpt.models.gpt import GPT
 from hlbgpt.models.hlb041 import HLB041
@@ -17,6 +17,7 @@ __all__ = [
     "Network",
     "TokenScores",
     "causal_attention",
+    "checkpoint_blocks",
     "score",
     "token_scores",
 ]

@@ -1,8 +1,12 @@
 """The interface of all networks."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hlbgpt.models.kv_cache import KVCache
 from hlbgpt.models.lm_head import TokenScores
@@ -18,12 +22,14 @@ class Network(nn.Module):
         max_sequence_length: Longest sequence that `forward` accepts; None for no limit.
         supports_kv_cache: Whether `forward` accepts a `kv_cache`; without one, generation is slow.
         needs_token_counts: Whether `init_from_token_counts` must be called before training.
+        activation_checkpointing: Whether `checkpoint_blocks` was called.
     """
 
     vocab_size: int
     max_sequence_length: int | None = None
     supports_kv_cache: bool = False
     needs_token_counts: bool = False
+    activation_checkpointing: bool = False
 
     def forward(
         self,
@@ -65,6 +71,30 @@ class Network(nn.Module):
 def token_scores(net: Network, batch: Tensor) -> TokenScores:
     """Score an evaluation batch (B, T + 1) int64, in which short sequences are padded with -1."""
     return net(batch[:, :-1].clamp(min=0), batch[:, 1:], per_token=True)
+
+
+def checkpoint_blocks(net: Network) -> None:
+    """Activation checkpointing: keep only the inputs of each block for the backward pass.
+
+    There each block runs again, with the same random numbers. The names of weights stay as they
+    are. Raises ValueError for a network without `blocks`.
+    """
+    blocks = getattr(net, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(
+            f"model.activation_checkpointing: {type(net).__name__} has no ModuleList `blocks`; "
+            "keep its repeated blocks there, or set this to false"
+        )
+    for block in blocks:
+        # Set on the instance, so that no network has to know of it.
+        block.forward = partial(_checkpointed, block.forward)
+    net.activation_checkpointing = True
+
+
+def _checkpointed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 def require(valid: bool, message: str) -> None:

@@ -1,5 +1,6 @@
 """What operations compute and move, counted while torch runs them, on fake tensors too."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from math import prod
@@ -108,6 +109,40 @@ class WorkCounter(TorchDispatchMode):
             self._storages[key] = storage
             sizes[key] = min(storage.nbytes(), sizes[key] + tensor.nbytes)
         return sizes
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside `with` take at a time.
+
+    Attributes:
+        peak: Bytes so far, of storages that were not there before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._bytes = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for storage in (tensor.untyped_storage() for tensor in _tensors(out)):
+            if storage._cdata not in inputs and storage._cdata not in self._alive:
+                self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def free(_: Any) -> None:
+            self._bytes -= size
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, free)
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """What a run will need, computed from its settings without training, data or a GPU."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from hlbgpt.cli.main import Built, build
 from hlbgpt.models import AdaptiveSoftmax, Network
 from hlbgpt.optim.build import build_optimizer
 from hlbgpt.optim.schedules import plan_steps
-from hlbgpt.planning.counts import Work, WorkCounter
+from hlbgpt.planning.counts import PeakMemory, Work, WorkCounter
 from hlbgpt.training.checks import require_context
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.hardware import GPU
@@ -47,13 +48,19 @@ class Plan:
     name: str
     net: Network
     steps: dict[Shape, int]  # number of steps of each shape
-    memory: dict[str, int]  # bytes, by what takes them
+    memory: dict[str, int]  # bytes, by what takes them; activations and update not at one time
     work: Work  # of all steps
     compiled: bool
 
     @property
     def tokens(self) -> int:
         return sum(prod(shape) * steps for shape, steps in self.steps.items())
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that a training step takes, at most."""
+        *kept, activations, update = self.memory.values()
+        return sum(kept) + max(activations, update)
 
     def seconds(self, gpu: GPU) -> dict[str, tuple[float, float]]:
         """Seconds of a fast and of a slow run: of products, of traffic, and of both in turn."""
@@ -113,6 +120,9 @@ def measure(
 ) -> tuple[dict[str, int], Work]:
     """Bytes that a training step takes without torch.compile, and the work of all `steps`.
 
+    Weights, gradients and state are there all the time; activations between the forward and the
+    backward pass; what the update allocates for itself, after that.
+
     Runs on fake tensors, which have shapes but no memory, and leaves them in `net`.
     """
     for module in net.modules():  # the default capacity depends on the values of a batch
@@ -123,6 +133,8 @@ def measure(
         each = {shape: _micro_batch(net, shape, autocast) for shape in steps}
         built, _ = build_optimizer(net, optimizer, None)
         with WorkCounter() as counter:
+            built.step()  # makes the state
+        with PeakMemory() as update_memory:
             built.step()
     state = [value for values in built.state.values() for value in values.values()]
     memory = {
@@ -130,6 +142,7 @@ def measure(
         "gradients": sum(parameter.nbytes for parameter in net.parameters()),
         "optimizer state": sum(value.nbytes for value in state if isinstance(value, Tensor)),
         "activations": max(activations for activations, _ in each.values()),
+        "update": update_memory.peak,
     }
     # Reads gradients; reads and writes weights and state: 28 bytes a parameter for fused AdamW.
     moved = 3 * memory["gradients"] + 2 * memory["optimizer state"]
@@ -141,23 +154,49 @@ def measure(
 
 
 def _micro_batch(net: Network, shape: Shape, autocast: torch.dtype | None) -> tuple[int, Work]:
-    """Bytes that are saved for the backward pass of a micro-batch, and its work."""
+    """Bytes that are saved for the backward pass of a micro-batch, and its work.
+
+    With activation checkpointing these include what the largest block saves when it runs again.
+    """
+    net.zero_grad(set_to_none=True)
+    tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
+    calls: list[tuple[Any, ...]] = []  # block, arguments
+    blocks = net.get_submodule("blocks").children() if net.activation_checkpointing else ()
+    hooks = [
+        block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+        for block in blocks
+    ]
+    with WorkCounter() as counter:
+        saved, loss = _saved(lambda: net(tokens[:, :-1], tokens[:, 1:]), autocast)
+        counter.backward = True
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    weights = {x.untyped_storage()._cdata for x in [*net.parameters(), *net.buffers()]}
+    again = [
+        _saved(partial(type(block).forward, block, *args, **kwargs), autocast)[0]
+        for block, args, kwargs in calls
+    ]
+    most = max((_size(one, saved.keys() | weights) for one in again), default=0)
+    return _size(saved, weights) + most, counter.work
+
+
+def _saved(
+    run: Callable[[], Tensor], autocast: torch.dtype | None
+) -> tuple[dict[int, torch.UntypedStorage], Tensor]:
+    """The storages that autograd saves while `run` runs, by number, and its result."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    net.zero_grad(set_to_none=True)
-    tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length + 1, dtype=torch.int64)
-    with WorkCounter() as counter:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
-        ):
-            loss = net(tokens[:, :-1], tokens[:, 1:])
-        counter.backward = True
-        loss.backward()
-    for tensor in [*net.parameters(), *net.buffers()]:
-        saved.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in saved.values()), counter.work
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        return saved, run()
+
+
+def _size(storages: dict[int, torch.UntypedStorage], without: Collection[int]) -> int:
+    return sum(x.nbytes() for number, x in storages.items() if number not in without)

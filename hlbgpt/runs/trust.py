@@ -27,6 +27,7 @@ PACKAGES = ("hlbgpt", "torch", "lightning")
 # their arguments name, as LightningCLI does.
 _KINDS = {
     "hlbgpt.data.sources.TextSource",
+    "hlbgpt.data.step_loader.StepLoader",
     "hlbgpt.models.base.Network",
     "lightning.fabric.accelerators.accelerator.Accelerator",
     "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",

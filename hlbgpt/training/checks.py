@@ -240,15 +240,14 @@ def require_context(net: Network, sequence_length: int, key: str) -> None:
 
 def summary(trainer: L.Trainer, net: Network, data: TokenDataModule) -> str:
     """One line that says what is about to be trained, and on what."""
-    train, devices = data.files["train"].header, trainer.world_size
     micro_batches, windows = data.device_batch
-    tokens = windows * data.sequence_length
+    tokens, devices = windows * data.sequence_length, trainer.world_size
     batch = f"micro-batch: {tokens:,} tokens"
     if devices > 1:
         batch = f"step: {micro_batches * tokens * devices:,} tokens on {devices} devices, {batch}"
     parameters = sum(parameter.numel() for parameter in net.parameters())
     name = type(net).__name__.removeprefix("FSDP")  # FSDP2 derives a class of its own
     return (
-        f"{name}: {parameters:,} parameters; train split: {train.tokens:,} tokens "
-        f"({train.tokenizer}); {batch}; {trainer.precision}"
+        f"{name}: {parameters:,} parameters; train split: "
+        f"{data.train_description}; {batch}; {trainer.precision}"
     )

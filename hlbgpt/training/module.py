@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hlbgpt.data import TokenDataModule, TrainLoader
+from hlbgpt.data import StepLoader, TokenDataModule
 from hlbgpt.generation import SamplingConfig, continue_prompts
-from hlbgpt.models import Network
+from hlbgpt.models import Network, checkpoint_blocks
 from hlbgpt.optim.build import build_optimizer
 from hlbgpt.runs import SECONDS, TOKENS, AtomicCheckpointIO, require_matching_weights
 from hlbgpt.training import checks, compilation, evaluation, fsdp, resume, step, step_metrics
@@ -31,6 +31,8 @@ class LanguageModule(step.MicroBatchedModule):
         optimizer: Optimizer, given the parameter groups of `hlbgpt.optim.parameter_groups`.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step; none by default.
         compile: Whether to run the network through `torch.compile`.
+        activation_checkpointing: Whether to keep only the inputs of each block for the backward
+            pass, and compute the rest again there: about a third more work, and far less memory.
         log_norms: Whether to log the norms of gradients and updates by parameter group. In logged
             steps this takes the memory of a second copy of the weights.
         sampling: How `predict` continues a prompt.
@@ -54,11 +56,14 @@ class LanguageModule(step.MicroBatchedModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = True,  # noqa: A002
+        activation_checkpointing: bool = False,
         log_norms: bool = True,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (never changed)
     ) -> None:
         super().__init__()
         self.net = net
+        if activation_checkpointing:
+            checkpoint_blocks(net)
         # Functions, which are not copied with the module: what makes an optimizer may not be.
         self.optimizer = lambda groups: optimizer(groups)
         self.lr_scheduler = lr_scheduler and (lambda made: lr_scheduler(made))
@@ -84,9 +89,9 @@ class LanguageModule(step.MicroBatchedModule):
         return checks.datamodule_of(self.trainer)
 
     @property
-    def train_loader(self) -> TrainLoader:
+    def train_loader(self) -> StepLoader:
         """The loader of training batches, whose next step can be set; during training."""
-        assert isinstance(self.trainer.train_dataloader, TrainLoader)
+        assert isinstance(self.trainer.train_dataloader, StepLoader)
         return self.trainer.train_dataloader
 
     def setup(self, stage: str) -> None:
@@ -97,7 +102,7 @@ class LanguageModule(step.MicroBatchedModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # the default, not a user's choice
             strategy.checkpoint_io = AtomicCheckpointIO()
         if self._fitting:
-            self.train_texts = [self.data.files["train"].header.fingerprint]
+            self.train_texts = [self.data.train_fingerprint]
             if self.compile_net:
                 checks.require_static_shapes(self.net)
             if strategy.root_device.type == "cuda":  # not those of an earlier run
@@ -152,9 +157,10 @@ class LanguageModule(step.MicroBatchedModule):
             self._resume(self._resume_state)
         elif self.net.needs_token_counts:
             # On the clock, as all that is learned or counted from the training text.
-            counts = self.train_loader.token_counts(self.data.vocab_size)
+            counts = self.train_loader.token_counts(self.data.vocab_size).to(self.device)
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             with self.whole_net(keep_changes=True):
-                self.net.init_from_token_counts(counts.to(self.device))
+                self.net.init_from_token_counts(counts)
         self.throughput.begin()
 
     # --- training; the step itself is in step.py ----------------------------------------------

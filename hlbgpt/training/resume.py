@@ -80,7 +80,7 @@ def text_state(data: TokenDataModule, train_texts: list[str]) -> dict[str, Any]:
 
 def train_texts(checkpoint: dict[str, Any], data: TokenDataModule) -> list[str]:
     """Fingerprints of the texts that a resumed run has trained on when it has ended."""
-    earlier, now = checkpoint[KEY]["texts"]["train"], data.files["train"].header.fingerprint
+    earlier, now = checkpoint[KEY]["texts"]["train"], data.train_fingerprint
     return [*earlier, now] if now != earlier[-1] else earlier
 
 
@@ -88,7 +88,11 @@ def changed_texts(checkpoint: dict[str, Any], data: TokenDataModule) -> list[str
     """The splits whose text is another one than that of the checkpoint's run."""
     texts = checkpoint[KEY]["texts"]
     earlier = {"train": texts["train"][-1], "validation": texts["validation"]}
-    return [split for split in earlier if data.files[split].header.fingerprint != earlier[split]]
+    now = {
+        "train": data.train_fingerprint,
+        "validation": data.files["validation"].header.fingerprint,
+    }
+    return [split for split in earlier if now[split] != earlier[split]]
 
 
 def require_same_tokenizer(checkpoint: dict[str, Any], data: TokenDataModule) -> None:
