@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import CONFIGS, fitting
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,7 +162,7 @@ class NoDoubles(TorchDispatchMode):
 def test_apple_gpus_train_and_evaluate_without_doubles(make) -> None:
     module, data = LanguageModule(make(), AdamW), TokenDataModule(TextFiles(), "bytes")
     module.net.vocab_size, data.eval_sequence_length = 256, 8
-    strategy = SimpleNamespace(root_device=torch.device("mps"), checkpoint_io=None)
+    strategy = SingleDeviceStrategy(torch.device("mps"))
     module._trainer = SimpleNamespace(strategy=strategy, datamodule=data)
     module.setup("validate")
     batch = torch.randint(0, 64, (2, 9))
