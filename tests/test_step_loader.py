@@ -1,61 +1,31 @@
 """Training batches from a loader of one's own, and from LitData's shards."""
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import LAST, QUICKSTART, RUN
-from helpers import read_record
+from helpers import in_ranks, read_record
+from test_readme import FILES
 from test_resume import assert_same
 
 from hlbgpt.data.litdata_loader import LitDataLoader
 from hlbgpt.runs.checkpoint_io import load_checkpoint
 from hlbgpt.utils.errors import InputError
 
-MINE = '''
-import numpy as np
-import torch
-
-from hlbgpt.data import StepLoader
-
-
-class BinaryFile(StepLoader):
-    """Random windows of a file of uint16 tokens, such as nanoGPT's train.bin."""
-
-    def __init__(self, tokens, seed, rank=0, world_size=1, file: str = "train.bin") -> None:
-        super().__init__(tokens, seed, rank, world_size)
-        self.tokens, self.step, self.fingerprint = np.memmap(file, "<u2", "r"), 0, file
-
-    def next_step(self) -> torch.Tensor:
-        draw = np.random.default_rng([self.seed, self.rank, self.step])
-        shape = self.micro_batches, self.batch_size, 1
-        offsets = draw.integers(len(self.tokens) - self.sequence_length, size=shape)
-        self.step += 1
-        windows = self.tokens[offsets + np.arange(self.sequence_length + 1)]
-        return torch.from_numpy(windows.astype(np.int64))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
-'''
-
 
 @pytest.fixture
 def own(hlbgpt: Callable[..., str], tiny: list[str], folder: Path) -> list[str]:
     """Arguments for `BinaryFile`, with a text for validation alone."""
-    Path("mine.py").write_text(MINE)
+    Path("binary.py").write_text(FILES["# binary.py"])
     text = (folder / "wiki.train.raw").read_bytes()
     np.frombuffer(text, "u1").astype("<u2").tofile("train.bin")
     validation = f"--data.source.validation={folder / 'wiki.valid.raw'}"
     source = ["--data.source=hlbgpt.data.TextFiles", validation]
-    return [*source, *tiny[2:], "--data.train_loader=mine.BinaryFile"]
+    return [*source, *tiny[2:], "--data.train_loader=binary.BinaryFile"]
 
 
 def assert_resumed_exactly() -> None:
@@ -209,30 +179,11 @@ def test_a_run_on_litdata_resumes_exactly(
 
 
 @pytest.mark.slow
-def test_two_processes_share_litdata_windows(shards: Path, tmp_path: Path) -> None:
-    def read(rank: int) -> None:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2
-        )
+def test_two_processes_share_litdata_windows(shards: Path) -> None:
+    def first_tokens(rank: int) -> torch.Tensor:
         loader = LitDataLoader(None, 3, rank, 2, folder=str(shards))
         loader.set_step(batch_size=4, sequence_length=49)
-        rows = torch.cat([step[0] for step in islice(loader, 50)])
-        torch.save(rows[:, 0], tmp_path / str(rank))
-        torch.distributed.destroy_process_group()
+        return torch.cat([step[0] for step in islice(loader, 50)])[:, 0]
 
-    children = [forked(read, rank) for rank in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    starts = torch.cat([torch.load(tmp_path / str(rank)) for rank in range(2)])
+    starts = torch.cat(in_ranks(2, first_tokens))
     assert sorted(starts.tolist()) == list(range(0, 20_000, 50))
-
-
-def forked(work: Callable[[int], Any], rank: int) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work(rank)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
