@@ -10,12 +10,12 @@ gives it back. All that is left in the settings are the explicit values; what is
 | heads | width: the fewest, of at most the reference's size, a multiple of 8 |
 | tokens of the schedule and between validations | parameters of block matrices and LM head |
 | tokens of a step | tokens of the schedule, to the power 0.383; to the nearest power of two |
-| rates of all groups | step tokens, to the power 0.5 |
-| rates of the tables and the LM head besides | width, to the power -0.5 |
+| rates of lookup tables and the LM head | width, to the power -0.5 |
 
 The powers are those of nanochat (github.com/karpathy/nanochat, scripts/base_train.py): the batch's
-is from arXiv 2505.13738, the rates' are AdamW's habit with a larger batch and a wider network.
-Muon's rate needs no correction for the width. As in nanochat, parameters are those that products
+is from arXiv 2505.13738, that of rates is AdamW's habit with a wider network. The rates of Muon and
+of vectors stay. Unlike in nanochat, no rate rises with the batch: in short runs of small networks,
+the best rates fell as depth and batch rose. As in nanochat, parameters are those that products
 compute with. The rest of the recipe (context, value embeddings, buckets, clusters, momentum) stays
 as it is.
 """
@@ -39,15 +39,9 @@ _SET_BY_FORMULAS = re.compile(
     r"|model\.optimizer\.(init_args\.)?groups\b|schedule\.(init_args\.)?table\b|print_config)"
 )
 _MOST_BLOCKS = 200
-_BATCH_POWER, _RATE_BY_BATCH, _RATE_BY_WIDTH = 0.383, 0.5, -0.5
+_BATCH_POWER, _RATE_POWER = 0.383, -0.5
 _LENGTHS = ("tokens", "validate_every")
-_RATE_SCALES_WITH_WIDTH = {
-    "block_matrices": False,
-    "bigram_embedding": True,
-    "lm_head": True,
-    "embeddings": True,
-    "vectors": False,
-}
+_RATES_BY_WIDTH = ("embeddings", "bigram_embedding", "lm_head")
 
 
 def with_formulas(words: Sequence[str], parse: Callable[[list[str]], Any]) -> list[str]:
@@ -103,13 +97,12 @@ def scaled(settings: dict[str, Any], depth: int) -> dict[str, Any]:
         net["width"], net["num_blocks"], net["vocab_size"]
     )
     batch = 2.0 ** round(_BATCH_POWER * math.log2(growth))
-    wider = width / net["width"]
     return {
         f"{_NET}.width": width,
         f"{_NET}.num_heads": _num_heads(width, max(2, net["width"] // net["num_heads"])),
         f"{_NET}.num_blocks": depth,
         f"{_NET}.value_embed_blocks": min(net["value_embed_blocks"], depth),
-        f"{_OPTIMIZER}.groups": _groups(optimizer, batch, wider),
+        f"{_OPTIMIZER}.groups": _groups(optimizer, width / net["width"]),
         "schedule.init_args.table": [_row(row, growth, batch) for row in table],
     }
 
@@ -142,13 +135,12 @@ def _num_heads(width: int, most: int) -> int:
     return next((n for n in heads if width // n % _HEAD_MULTIPLE == 0), heads[0])
 
 
-def _groups(optimizer: dict[str, Any], batch: float, wider: float) -> dict[str, Any]:
+def _groups(optimizer: dict[str, Any], wider: float) -> dict[str, Any]:
     """Settings of parameter groups, with their rates."""
     groups = {name: dict(group) for name, group in optimizer["groups"].items()}
-    for name, with_width in _RATE_SCALES_WITH_WIDTH.items():
+    for name in _RATES_BY_WIDTH:
         group = groups.setdefault(name, {})
-        factor = batch**_RATE_BY_BATCH * (wider**_RATE_BY_WIDTH if with_width else 1.0)
-        group["lr"] = _times(group.get("lr", optimizer["lr"]), factor)
+        group["lr"] = _times(group.get("lr", optimizer["lr"]), wider**_RATE_POWER)
     return groups
 
 
