@@ -218,6 +218,22 @@ def test_several_files_are_a_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("kind", [TextFiles, TextFolder])
+def test_a_subclass_may_change_the_text(tmp_path: Path, kind: type[TextSource]) -> None:
+    class Loud(kind):  # type: ignore[misc, valid-type]
+        def chunks(self, split: str) -> Iterator[str]:
+            return (chunk.upper() for chunk in super().chunks(split))
+
+    paths = [tmp_path / f"{number}.txt" for number in range(3)]
+    for path in paths:
+        path.write_text("many a word in here\n\n" * 1000)
+    source = Loud(str(tmp_path)) if kind is TextFolder else Loud(train=[str(p) for p in paths])
+    texts = [part.chunks("train") for part in source.parts("train")]
+    assert "".join(chain.from_iterable(texts)) == "".join(source.chunks("train"))
+    assert next(source.chunks("train")).startswith("MANY A WORD")
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_a_damaged_part_alone_is_built_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ To add a source, write a subclass of TextSource and name it in YAML as `data.sou
 """
 
 import codecs
+import copy
 import glob
 import hashlib
 import os
@@ -180,7 +181,11 @@ class TextFiles(TextSource):
         test: list[str] | str | None = None,
     ) -> None:
         self.folder = folder
-        self.files = {"train": train, "validation": validation, "test": test}
+        self.files: dict[str, list[str] | str | None] = {
+            "train": train,
+            "validation": validation,
+            "test": test,
+        }
 
     def paths(self, split: str) -> list[str]:
         """Return the files of `split`. Raises InputError if there are none."""
@@ -207,7 +212,13 @@ class TextFiles(TextSource):
             return []
         paths = self.paths(split)
         groups = grouped(paths, [os.path.basename(path) for path in paths])
-        return [TextFiles(None, **{split: group}) for group in groups]
+        return [self._of(split, group) for group in groups]
+
+    def _of(self, split: str, paths: list[str]) -> "TextFiles":
+        """This source, with other files; of a subclass as well."""
+        part = copy.copy(self)
+        part.files = {**self.files, split: list(paths)}
+        return part
 
     def fingerprint(self, split: str) -> str:
         return file_stamps(self.paths(split))

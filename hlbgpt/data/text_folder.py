@@ -61,8 +61,13 @@ class TextFolder(TextSource):
             )
         return sorted(found)
 
-    def parts(self, split: str) -> list["_FolderPart"]:
+    def parts(self, split: str) -> list[TextSource]:
         """Raises InputError for too little text for three splits."""
+        if type(self).chunks is not TextFolder.chunks:  # a subclass that changes the text
+            return [self]
+        return [*self._parts()]
+
+    def _parts(self) -> list["_FolderPart"]:
         files = self.files()
         # Some 60 blocks in a small folder, even where a character has 3 bytes, as in Chinese.
         block_chars = sum(map(os.path.getsize, files)) // (3 * 60)
@@ -83,10 +88,10 @@ class TextFolder(TextSource):
         return file_stamps(self.files())
 
     def size(self, split: str) -> int:
-        return sum(part.size(split) for part in self.parts(split))
+        return sum(part.size(split) for part in self._parts())
 
     def chunks(self, split: str) -> Iterator[str]:
-        for part in self.parts(split):
+        for part in self._parts():
             yield from part.chunks(split)
 
 
