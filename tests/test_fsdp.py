@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CONFIGS, QUICKSTART, fitting
+from helpers import error, in_ranks, read_record, start_ranks, wait_for
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -15,8 +17,6 @@ from hlbgpt.models import GPT, Network
 from hlbgpt.runs.logger import scalars
 from hlbgpt.training import fsdp
 from hlbgpt.utils.errors import InputError
-from tests.conftest import CONFIGS, QUICKSTART, fitting
-from tests.helpers import error, in_ranks, read_record, start_ranks, wait_for
 
 SPEEDRUN = CONFIGS / "speedrun.yaml"
 FSDP = CONFIGS / "machines" / "fsdp.yaml"

@@ -112,7 +112,7 @@ def test_nothing_of_a_hostile_folder_runs(
     path = place(tmp_path, trained, "")
     sys.path.append(str(tmp_path))  # as the command line does
     found = hostile(trained, tmp_path, form)
-    assert len(found) == 2 * 16
+    assert len(found) == 2 * 17
     for settings in found:
         assert foreign_name(settings) is not None
     first = list(FORMS).index(form)
