@@ -61,6 +61,7 @@ def test_checkpoints_can_be_switched_off(hlbgpt, tiny: list[str]) -> None:
     assert list(Path().rglob("*.ckpt")) == []
 
 
+@pytest.mark.slow
 def test_training_from_a_token_file_does_not_import_datasets(hlbgpt, tiny: list[str]) -> None:
     hlbgpt("fit", *QUICKSTART, *tiny)  # tokenizes
     code = (

@@ -291,6 +291,7 @@ def test_activation_checkpointing_is_planned_as_it_trains() -> None:
     assert checkpointed.memory["activations"] < plan_run(SMALL).memory["activations"]
 
 
+@pytest.mark.slow
 def test_a_row_for_each_depth(plan) -> None:
     small = [word for word in SMALL if "num_blocks" not in word and "width" not in word]
     small = [word for word in small if "num_heads" not in word]

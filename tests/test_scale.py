@@ -208,11 +208,12 @@ def test_a_reference_of_nothing_is_refused(name: str, hlbgpt, capfd) -> None:
 ROWS = "{tokens: 0, sequence_length: 1024, step_tokens: 131072}, {tokens: 725000000}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--model.activation_checkpointing=true",), marks=pytest.mark.slow),
+        (),
+        ("--model.activation_checkpointing=true",),
         ("--model.activation_checkpointing=true", f"--schedule.table=[{ROWS}]"),
     ],
 )
