@@ -80,6 +80,7 @@ def tables(out: Path, stage: str, name: str) -> list[list[dict[str, Any]]]:
     return list(json.loads((out / stage / name / "measured.json").read_text()).values())
 
 
+@pytest.mark.slow  # CI runs it
 def test_every_stage_is_in_the_report(done: tuple[int, Path, list[str]]) -> None:
     code, out, _ = done
     text = (out / "report.md").read_text()
@@ -94,6 +95,7 @@ def test_every_stage_is_in_the_report(done: tuple[int, Path, list[str]]) -> None
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow  # CI runs it
 def test_what_is_measured(done: tuple[int, Path, list[str]]) -> None:
     _, out, _ = done
     shapes = [[8, 16], [4, 32]]  # of the table in conftest.py, and of hlb041's doubling
@@ -113,6 +115,7 @@ def test_what_is_measured(done: tuple[int, Path, list[str]]) -> None:
     assert [row["windows x tokens"] for row in times] == [[4, 32]]
 
 
+@pytest.mark.slow  # CI runs it
 def test_the_race_is_to_what_the_rival_reached(done: tuple[int, Path, list[str]]) -> None:
     _, out, _ = done
     rival, ours = (read_record(out / "race" / f"{name}_0") for name in NAMES[::-1])
@@ -123,6 +126,7 @@ def test_the_race_is_to_what_the_rival_reached(done: tuple[int, Path, list[str]]
     assert read_record(out / "speedruns" / "speedrun_0")["step"] == 1  # a quarter of four
 
 
+@pytest.mark.slow  # CI runs it
 def test_what_is_done_is_kept(
     done: tuple[int, Path, list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -138,6 +142,7 @@ def test_what_is_done_is_kept(
     assert "holds a run with other arguments" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # CI runs it
 def test_only_named_stages_run_and_run_again(
     done: tuple[int, Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def whole(hlbgpt: Callable[..., str], tiny: list[str]) -> Any:
 
 # Validations after each second step.
 LONGER = ["--trainer.max_steps=12", "--trainer.val_check_interval=2", "--data.micro_batches=2"]
+SLOW = pytest.mark.slow
 OFTEN = "--checkpoint.every_minutes=1e-9"  # a checkpoint after each step
 
 
@@ -98,12 +99,12 @@ def stop_code(run: Callable[..., str], *arguments: str) -> int:
     ("name", "hook", "count", "step"),
     [
         ("SIGTERM", "on_train_batch_start", 1, 1),  # finishes the step
-        ("SIGTERM", "on_train_batch_start", 2, 2),  # and its validation
+        pytest.param("SIGTERM", "on_train_batch_start", 2, 2, marks=SLOW),  # and its validation
         ("SIGHUP", "on_train_batch_end", 5, 5),
-        ("SIGTERM", "on_validation_start", 2, 4),
+        pytest.param("SIGTERM", "on_validation_start", 2, 4, marks=SLOW),
         ("SIGINT", "on_validation_batch_end", 3, 4),
-        ("SIGTERM", "on_validation_end", 1, 2),
-        ("SIGTERM", "on_before_optimizer_step", 8, 8),
+        pytest.param("SIGTERM", "on_validation_end", 1, 2, marks=SLOW),
+        pytest.param("SIGTERM", "on_before_optimizer_step", 8, 8, marks=SLOW),
     ],
 )
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(
