@@ -139,6 +139,7 @@ TABLE: dict[str, set[str]] = {
     "hlbgpt_config": {"text", "delete"},
     "hlbgpt": set(),
     "hlbgpt.tokens_seen": COUNTS,
+    "hlbgpt.batch_tokens": COUNTS,
     "hlbgpt.flops": AMOUNTS,
     "hlbgpt.validated": {"true"},
     "hlbgpt.tokenizer": {"text"},

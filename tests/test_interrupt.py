@@ -274,7 +274,7 @@ def test_a_run_killed_before_its_record_gets_one(hlbgpt, tiny: list[str]) -> Non
         (run / "record.json").unlink()
         hlbgpt("fit", "--ckpt_path", run / "checkpoints" / "last.ckpt")
         again = json.loads((run / "record.json").read_text())
-        for key in ("reached", "step", "tokens", "value", "value_step"):
+        for key in ("reached", "step", "tokens", "step_tokens", "value", "value_step"):
             assert again[key] == record[key]
     assert len(list(Path("runs/quickstart").iterdir())) == 3
 

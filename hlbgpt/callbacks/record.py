@@ -1,7 +1,6 @@
 """The record of a run: its figures as JSON, as a table, and in the logs."""
 
 import io
-from math import prod
 from typing import Any
 
 import lightning as L
@@ -45,10 +44,7 @@ def make_record(
         "device": device_name(device),
         "driver": driver_version() if device.type == "cuda" else None,
         "devices": trainer.world_size,
-        # Of the last step, on all devices together.
-        "step_tokens": prod(module.step_shape)
-        * trainer.accumulate_grad_batches
-        * trainer.world_size,
+        "step_tokens": module.step_tokens,
         "peak_memory_bytes": peak_memory(device),
         "torch": torch.__version__,
         "lightning": L.__version__,

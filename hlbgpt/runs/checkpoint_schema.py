@@ -77,6 +77,7 @@ def _is_progress(value: Any) -> bool:
 # states of callbacks.
 _OWN = {
     "tokens_seen": COUNT,
+    "batch_tokens": COUNT,
     "flops": AMOUNT,
     "validated": FLAG,
     "tokenizer": TEXT,

@@ -170,6 +170,12 @@ class LanguageModule(step.MicroBatchedModule):
         """Tokens trained on, on all devices, with those of the current step."""
         return self.throughput.tokens
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the last step, on all devices."""
+        accumulated: int = self.trainer.accumulate_grad_batches
+        return self.throughput.batch_tokens * accumulated
+
     def is_last_step(self, step: int) -> bool:
         """Whether training ends with this step, by `trainer.max_steps` or `data.max_tokens`."""
         enough = self.data.max_tokens is not None and self.tokens_seen >= self.data.max_tokens
@@ -184,11 +190,11 @@ class LanguageModule(step.MicroBatchedModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.trainer.global_step + 1) % every:
             return
-        micro_batches, windows, length = self.step_shape
+        micro_batches, _, length = self.step_shape
         self._step_values = {
             "train_loss": self.step_loss,
             "grad_norm": step_metrics.grad_norm(list(self.net.parameters())),
-            "step_tokens": micro_batches * windows * length * self.trainer.world_size,
+            "step_tokens": self.step_tokens,
             "micro_batches_per_step": micro_batches,
             "sequence_length": length,
             **self.step_metrics.before_step(optimizer),

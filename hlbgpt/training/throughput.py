@@ -14,12 +14,13 @@ class Throughput:
 
     Attributes:
         tokens: Tokens trained on, on all devices.
+        batch_tokens: Those of the last batch.
         flops: FLOPs spent on them, as `Network.flops_per_token` counts.
         peak: Peak FLOP/s of all devices together; None where it is not known.
     """
 
     def __init__(self) -> None:
-        self.tokens, self.flops = 0, 0.0
+        self.tokens, self.batch_tokens, self.flops = 0, 0, 0.0
         self.peak: float | None = None
         self._flops_per_token: dict[int, float] = {}  # by the sequence length
         self._since = (0.0, 0, 0.0)  # at the last call of `rates`: seconds, tokens, FLOPs
@@ -39,10 +40,10 @@ class Throughput:
         self._since = time.monotonic(), self.tokens, self.flops
 
     def add(self, net: Network, tokens: int, sequence_length: int) -> None:
-        """Count `tokens`, of all devices, in windows of `sequence_length`."""
+        """Count the `tokens` of a batch, of all devices, in windows of `sequence_length`."""
         if sequence_length not in self._flops_per_token:
             self._flops_per_token[sequence_length] = float(net.flops_per_token(sequence_length))
-        self.tokens += tokens
+        self.tokens, self.batch_tokens = self.tokens + tokens, tokens
         self.flops += tokens * self._flops_per_token[sequence_length]
 
     def rates(self) -> dict[str, float]:
@@ -64,7 +65,12 @@ class Throughput:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens_seen": self.tokens, "flops": self.flops}
+        return {
+            "tokens_seen": self.tokens,
+            "batch_tokens": self.batch_tokens,
+            "flops": self.flops,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.flops = state["tokens_seen"], state["flops"]
+        self.batch_tokens = state["batch_tokens"]
