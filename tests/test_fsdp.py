@@ -247,6 +247,10 @@ def test_gradient_scaler_is_refused() -> None:
             ["--trainer.strategy={class_path: ModelParallelStrategy}"],
             "trainer.strategy: ModelParallelStrategy is not supported",
         ),
+        (
+            ["--trainer.strategy=mine.Strategy"],
+            "for a class write --trainer.strategy '{class_path: mine.Strategy}'",
+        ),
     ],
 )
 def test_refused(

@@ -8,6 +8,7 @@ training. A new version of Lightning that adds a callback or a setting fails the
 import csv
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -341,8 +342,8 @@ TRAINER = [
     Row("strategy", tr(strategy="ddp")),
     Row("strategy", tr(strategy="ddp_notebook"), own_process=True),
     Row("strategy", tr(strategy="ddp_spawn"), "'ddp_spawn' would send a run that is already built"),
-    Row("strategy", tr(strategy="fsdp"), "The strategy `fsdp` requires a GPU accelerator"),
-    Row("strategy", tr(strategy="deepspeed"), "must have DeepSpeed installed", needs="deepspeed"),
+    Row("strategy", tr(strategy="fsdp"), "'fsdp' is not supported"),
+    Row("strategy", tr(strategy="deepspeed"), "'deepspeed' is not supported"),
     Row("devices", tr(devices="auto", strategy="auto"), effect=lambda r: r.record["devices"] == 1),
     # With more, Lightning waits until as many have been started.
     Row("num_nodes", tr(num_nodes=1)),
@@ -508,7 +509,9 @@ def test_it_works_or_is_refused_in_one_line(hlbgpt, short: list[str], capfd, row
 @pytest.mark.parametrize("row", params(own_process=True))
 def test_it_works_in_a_process_of_its_own(hlbgpt, short: list[str], row: Row) -> None:
     words = [sys.executable, "-m", "hlbgpt", "fit", *short, *row.words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    # Not the port that DDP in a test before this one may still hold.
+    env = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     assert row.effect(Ran(done.stdout, hlbgpt))
 

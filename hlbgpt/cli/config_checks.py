@@ -38,11 +38,8 @@ def check_trainer_settings(trainer: Any, *, this_machine: bool = True) -> None:
             "trainer.barebones: it logs no metrics, so that no target could be met; for a run with "
             "little besides the steps, set trainer.logger to false, checkpoint and console to null"
         )
-    if str(trainer.strategy).startswith("ddp_spawn"):
-        raise InputError(
-            f"trainer.strategy: {trainer.strategy!r} would send a run that is already built to "
-            "other processes, which is not possible; use ddp"
-        )
+    if isinstance(trainer.strategy, str):
+        _require_possible_strategy(trainer.strategy)
     if not this_machine:
         return
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -58,6 +55,25 @@ def check_trainer_settings(trainer: Any, *, this_machine: bool = True) -> None:
         )
     if trainer.default_root_dir is not None:
         _require_folder("trainer.default_root_dir", Path(trainer.default_root_dir))
+
+
+def _require_possible_strategy(name: str) -> None:
+    """Raise InputError for a name of which Lightning would make a strategy that cannot be used."""
+    if name.startswith("ddp_spawn"):
+        raise InputError(
+            f"trainer.strategy: {name!r} would send a run that is already built to other "
+            "processes, which is not possible; use ddp"
+        )
+    if name.startswith(("fsdp", "deepspeed")) and name != "fsdp2":
+        raise InputError(
+            f"trainer.strategy: {name!r} is not supported, because its ranks would not train as "
+            "one; use ddp or fsdp2, or leave it out for one device"
+        )
+    if "." in name:
+        raise InputError(
+            f"trainer.strategy: {name!r} is no name of a strategy; for a class write "
+            f"--trainer.strategy '{{class_path: {name}}}'"
+        )
 
 
 def require_run_name(name: str | None) -> None:
