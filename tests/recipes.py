@@ -85,7 +85,7 @@ def random_network(name: str, *, std: float = 0.2) -> Network:
     net = NETWORKS[name]()
     net.init_from_token_counts(torch.randint(1000, (256,)))
     for parameter in net.parameters():
-        nn.init.normal_(parameter, std=std) if parameter.ndim else parameter.data.add_(std)
+        nn.init.normal_(parameter, std=std) if parameter.numel() > 1 else parameter.data.add_(std)
     return net
 
 
