@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 import tiktoken
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 from torch import nn
 
@@ -125,6 +126,8 @@ def hlbgpt(
         return capfd.readouterr().out
 
     yield run
+    if dist.is_initialized():  # of a run with DDP: forks of this process would wait for its threads
+        dist.destroy_process_group()
     for name, module in list(sys.modules.items()):  # so that the next test's `mine.py` is read
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
