@@ -5,6 +5,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from hlbgpt.optim.ranks import has_other_ranks
+
 _SECONDS = 1.0  # between two votes, about
 
 
@@ -23,7 +25,7 @@ class Vote:
     def begin(self, step: int) -> None:
         """Training begins or goes on after `step`; every rank must ask."""
         self._group = None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if has_other_ranks():
             self._group = dist.new_group(backend="gloo")
         self._step, self._time, self._interval = step, time.monotonic(), 1
 

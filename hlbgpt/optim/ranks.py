@@ -12,6 +12,7 @@ Shapes: matrices of R rows and C columns.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,13 +27,24 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def has_other_ranks() -> bool:
+    """Whether this process has others to exchange numbers with."""
+    return is_distributed() and dist.get_world_size() > 1
+
+
+def is_split(value: Any) -> bool:
+    """Whether `value` is a DTensor, of which this rank may have only a part."""
+    return hasattr(value, "full_tensor")  # some builds of torch lack the class
+
+
 def local_shards(tensors: list[Tensor]) -> list[Tensor]:
     """What this rank holds of each tensor, in the same memory; all of it if it is not sharded."""
     if not is_distributed():
         return tensors
-    from torch.distributed.tensor import DTensor  # which some builds of torch lack
-
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [
+        tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+        for tensor in tensors
+    ]
 
 
 def shard_group(matrix: Tensor) -> dist.ProcessGroup | None:
@@ -40,12 +52,11 @@ def shard_group(matrix: Tensor) -> dist.ProcessGroup | None:
 
     Raises ValueError if it is sharded in another way.
     """
-    if not is_distributed():
+    if not is_distributed() or not is_split(matrix):
         return None
     from torch.distributed.tensor import DTensor, Shard
 
-    if not isinstance(matrix, DTensor):
-        return None
+    assert isinstance(matrix, DTensor)
     sharded = [i for i, place in enumerate(matrix.placements) if not place.is_replicate()]
     if not sharded:
         return None
@@ -60,7 +71,7 @@ def share_out(orthogonalize: Orthogonalize, matrices: list[Tensor]) -> Orthogona
 
     With several ranks, each matrix is computed by one of them; else it is `orthogonalize` itself.
     """
-    if not is_distributed() or dist.get_world_size() == 1:
+    if not has_other_ranks():
         return orthogonalize
     group = shard_group(matrices[0])
     if group is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hlbgpt.models import Network
+from hlbgpt.optim.ranks import is_split
 from hlbgpt.utils.errors import InputError
 
 if TYPE_CHECKING:  # where they are used, since some builds of torch lack them
@@ -127,11 +128,6 @@ def require_fitting_fsdp2(trainer: L.Trainer) -> None:
 
 
 # --- tensors --------------------------------------------------------------------------------------
-
-
-def is_split(value: Any) -> bool:
-    """Whether `value` is a DTensor, of which this rank may have only a part."""
-    return hasattr(value, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:

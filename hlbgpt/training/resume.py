@@ -15,6 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from hlbgpt.data import TokenDataModule
 from hlbgpt.optim import MuonAdamW
+from hlbgpt.optim.ranks import has_other_ranks
 from hlbgpt.runs.checkpoint_schema import TRAINING, require_entries
 from hlbgpt.utils.errors import InputError
 
@@ -31,7 +32,7 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
         "numpy": (name, [int(key) for key in keys], *rest),
         "device": None if device.type == "cpu" else _generator(device).get_rng_state(),
     }
-    if not torch.distributed.is_initialized():
+    if not has_other_ranks():
         return [state]
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hlbgpt.optim.ranks import has_other_ranks
 from hlbgpt.training.checks import require_no_accumulation
 from hlbgpt.training.evaluation import is_multiple_of_interval, schedule_validation
 
@@ -129,7 +130,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
     Lightning's `strategy.reduce` also makes a barrier, for which the host would wait.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not has_other_ranks():
         return values
     values = values / dist.get_world_size()
     dist.all_reduce(values)
