@@ -73,6 +73,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         capacity=[0.5, 0.25],
         value_embed_blocks=1,
         bigram_buckets=512,
+        subword_buckets=256,
         pointer_dim=16,
         fused_mlp=True,
     ),
@@ -83,6 +84,7 @@ def random_network(name: str, *, std: float = 0.2) -> Network:
     """A network of `NETWORKS` with random weights, because many start as zero."""
     torch.manual_seed(0)
     net = NETWORKS[name]()
+    net.init_from_spelling([bytes([i]) for i in range(256)])
     net.init_from_token_counts(torch.randint(1000, (256,)))
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=std) if parameter.numel() > 1 else parameter.data.add_(std)

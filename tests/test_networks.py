@@ -29,9 +29,13 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "fast, pointer in chunks": lambda: FastGPT(
         **SMALL, num_heads=2, cutoffs=[8], pointer_dim=8, loss_chunk_tokens=7
     ),
+    "fast, spelling": lambda: FastGPT(
+        **SMALL, num_heads=2, cutoffs=[8, 24], pointer_dim=8, subword_buckets=40
+    ),
     "fast, capacity": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], capacity=[1.0, 1.0]),
 }
 
+SPELLING = [b" %d" % token if token % 2 else b"Token%d" % token for token in range(60)]
 SLOW_TO_COMPILE = ("fast, clusters", "fast, pointer", "fast, pointer in chunks", "gpt in chunks")
 
 
@@ -45,6 +49,7 @@ def net(build: Callable[[], Network]) -> Network:
     """Random weights, because many start as zero."""
     torch.manual_seed(0)
     net = build()
+    net.init_from_spelling(SPELLING)
     net.init_from_token_counts(torch.randint(1000, (60,)))
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -21,8 +21,22 @@ MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
         (GPT(**SMALL, num_heads=2), ["block_matrices", "embeddings", "vectors"]),
         (HLB041(**SMALL), ["slopes", "block_matrices", "lm_head", "embeddings", "vectors"]),
         (
-            FastGPT(**SMALL, num_heads=2, value_embed_blocks=1, bigram_buckets=9, pointer_dim=4),
-            ["block_matrices", "bigram_embedding", "lm_head", "embeddings", "vectors"],
+            FastGPT(
+                **SMALL,
+                num_heads=2,
+                value_embed_blocks=1,
+                bigram_buckets=9,
+                subword_buckets=9,
+                pointer_dim=4,
+            ),
+            [
+                "block_matrices",
+                "bigram_embedding",
+                "subword_head",
+                "lm_head",
+                "embeddings",
+                "vectors",
+            ],
         ),
     ],
 )

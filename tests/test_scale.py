@@ -81,7 +81,8 @@ def test_rates_and_batches_follow_the_powers() -> None:
         "block_matrices": 0.02,
         "embeddings": 0.6,
         "bigram_embedding": 0.02,
-        "lm_head": 0.006,
+        "lm_head": 0.003,
+        "subword_head": 0.0006,
         "vectors": 0.05,
     }
     wider = math.sqrt(384 / 1664)

@@ -41,7 +41,7 @@ _SET_BY_FORMULAS = re.compile(
 _MOST_BLOCKS = 200
 _BATCH_POWER, _RATE_POWER = 0.383, -0.5
 _LENGTHS = ("tokens", "validate_every")
-_RATES_BY_WIDTH = ("embeddings", "bigram_embedding", "lm_head")
+_RATES_BY_WIDTH = ("embeddings", "bigram_embedding", "lm_head", "subword_head")
 
 
 def with_formulas(words: Sequence[str], parse: Callable[[list[str]], Any]) -> list[str]:

@@ -76,6 +76,10 @@ class Tokenizer:
         """
         return b"".join(map(self._decode, tokens))
 
+    def spelling(self) -> list[bytes]:
+        """The text of each token by itself."""
+        return [self._decode(token) for token in range(self.vocab_size)]
+
     def _decode(self, token: int) -> bytes:
         if token in self._bytes:
             return self._bytes[token]

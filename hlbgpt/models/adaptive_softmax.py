@@ -5,10 +5,11 @@ cluster holds the most frequent tokens and one class for each rare cluster. The 
 rare token is that of its cluster times that within the cluster. So all tokens have one properly
 normalised distribution, but training computes a rare cluster only for the targets in it. Unlike in
 the paper, rare clusters keep the full width, and logits have a bias, the log-probability of their
-token in the training split.
+token in the training split. Optionally, tokens that are spelled alike share weights, which are
+added to their own; see `subwords.py`.
 
 Shapes: B sequences, T tokens, N = B x T, D width, V vocabulary, C tokens in the first cluster, K
-rare clusters.
+rare clusters, F features of a spelling.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hlbgpt.models.base import require
 from hlbgpt.models.lm_head import EVAL_CHUNK_TOKENS, IGNORE_INDEX, LMHead, TokenScores, mean_loss
 from hlbgpt.models.pointer import PointerScores
+from hlbgpt.models.subwords import NUM_FEATURES, SubwordEmbedding
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -33,6 +35,7 @@ class AdaptiveSoftmax(nn.Module):
 
     rank: Tensor
     log_prior: Tensor
+    features: Tensor
     _cutoffs: Tensor
 
     def __init__(
@@ -42,6 +45,7 @@ class AdaptiveSoftmax(nn.Module):
         cutoffs: Sequence[int] = (),
         capacity: Sequence[float] | None = None,
         *,
+        subword_buckets: int = 0,
         softcap: float = 0.0,
         chunk_tokens: int = 0,
     ) -> None:
@@ -62,17 +66,34 @@ class AdaptiveSoftmax(nn.Module):
         # Classes: C common tokens, K rare clusters, V - C rare tokens; tokens in order of rank.
         self.sizes = [high - low for low, high in itertools.pairwise([-len(cutoffs), *self.edges])]
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), width))
+        self.subword_embedding = None
+        if subword_buckets:
+            self.subword_embedding = SubwordEmbedding(subword_buckets, width, std=0.0)
+            features = torch.zeros(sum(self.sizes), NUM_FEATURES, dtype=torch.int64)
+            self.register_buffer("features", features)  # of each class
         self.register_buffer("log_prior", torch.zeros(sum(self.sizes)))
         self.register_buffer("rank", torch.arange(vocab_size))  # of each token
         self.register_buffer("_cutoffs", torch.tensor(cutoffs, dtype=torch.int64), persistent=False)
 
+    def init_from_spelling(self, features: Tensor) -> None:
+        """Set the `features` of tokens (at most V, F) before training."""
+        self.features[self._token_class()[: len(features)]] = features.to(self.features.device)
+
+    def _token_class(self) -> Tensor:
+        """The class of each token (V,), which is not in the first cluster for rare tokens."""
+        common = self.edges[0]
+        return torch.where(self.rank < common, self.rank, self.rank + self.sizes[0] - common)
+
     def init_from_token_counts(self, counts: Tensor) -> None:
         """Rank the tokens by `counts` (at most V,) before training."""
+        features = None if self.subword_embedding is None else self.features[self._token_class()]
         # On the CPU, because not every device supports double precision.
         known = torch.zeros(self.vocab_size, dtype=torch.float64, device="cpu")
         known[: len(counts)] = counts.cpu()
         order = known.argsort(descending=True, stable=True)
         self.rank.copy_(order.argsort())
+        if features is not None:
+            self.init_from_spelling(features)
         prior = ((known[order] + 0.5) / (known + 0.5).sum()).log()  # smoothed for unseen tokens
         common, *rare = prior.split([self.edges[0], *self.sizes[1:]])
         clusters = [tokens.logsumexp(0, keepdim=True) for tokens in rare]
@@ -119,16 +140,24 @@ class AdaptiveSoftmax(nn.Module):
         return mean_loss(losses, targets)
 
     def _log_probs(self, x: Tensor, pointer: PointerScores | None) -> Tensor:
-        log_probs = self._log_probs_by_rank(x, pointer)[..., self.rank]
+        log_probs = self._log_probs_by_rank(x, pointer, self._weights())[..., self.rank]
         if pointer is None:
             return log_probs
         mixture = pointer.mix_probs(log_probs, pointer.tokens)
         return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
 
-    def _log_probs_by_rank(self, x: Tensor, pointer: PointerScores | None) -> Tensor:
+    def _weights(self) -> Tensor:
+        """Weights (V + K, D) of all classes."""
+        if self.subword_embedding is None:
+            return self.weight
+        return self.weight + self.subword_embedding(self.features)
+
+    def _log_probs_by_rank(
+        self, x: Tensor, pointer: PointerScores | None, weights: Tensor
+    ) -> Tensor:
         """Log-probabilities (B, T, V) in order of rank, float32; without the pointer's copies."""
-        # With the parameter itself, because autocast casts parts of it again at each use.
-        logits = LMHead(self.weight, self.log_prior, self.softcap).logits(x)  # (B, T, V + K)
+        # With all weights, because autocast casts parts of them again at each use.
+        logits = LMHead(weights, self.log_prior, self.softcap).logits(x)  # (B, T, V + K)
         first, *rare = (part.log_softmax(-1) for part in logits.split(self.sizes, dim=-1))
         if pointer is not None:
             first = first + pointer.vocab[..., None]  # so that the vocabulary has its share
@@ -153,7 +182,9 @@ class AdaptiveSoftmax(nn.Module):
     def _heads(self) -> list[LMHead]:
         """The classifier of each cluster, with as many logits in a chunk as for the vocabulary."""
         logits = self.chunk_tokens * self.vocab_size
-        parts = zip(self.weight.split(self.sizes), self.log_prior.split(self.sizes), strict=True)
+        parts = zip(
+            self._weights().split(self.sizes), self.log_prior.split(self.sizes), strict=True
+        )
         return [LMHead(w, b, self.softcap, logits and max(1, logits // len(w))) for w, b in parts]
 
     def _ranks(self, targets: Tensor) -> Tensor:
@@ -178,12 +209,12 @@ class AdaptiveSoftmax(nn.Module):
     ) -> TokenScores:
         """Exact scores, one chunk of tokens at a time."""
         size = max(1, (self.chunk_tokens or EVAL_CHUNK_TOKENS) // len(x))
-        scores = []
+        scores, weights = [], self._weights()
         for start in range(0, x.shape[1], size):
             part = slice(start, start + size)
             part_pointer = pointer and pointer.select(part)
             # Contiguous, because the product would copy the weights otherwise.
-            probs = self._log_probs_by_rank(x[:, part].contiguous(), part_pointer)
+            probs = self._log_probs_by_rank(x[:, part].contiguous(), part_pointer, weights)
             index = self._ranks(targets[:, part]).clamp(min=0)[..., None]
             losses = -probs.gather(-1, index)[..., 0]
             if part_pointer is not None:

@@ -1,6 +1,6 @@
 """The interface of all networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ class Network(nn.Module):
         max_sequence_length: Longest sequence that `forward` accepts; None for no limit.
         supports_kv_cache: Whether `forward` accepts a `kv_cache`; without one, generation is slow.
         needs_token_counts: Whether `init_from_token_counts` must be called before training.
+        needs_spelling: Whether `init_from_spelling` must be called before training.
         activation_checkpointing: Whether `checkpoint_blocks` was called.
     """
 
@@ -29,6 +30,7 @@ class Network(nn.Module):
     max_sequence_length: int | None = None
     supports_kv_cache: bool = False
     needs_token_counts: bool = False
+    needs_spelling: bool = False
     activation_checkpointing: bool = False
 
     def forward(
@@ -56,6 +58,9 @@ class Network(nn.Module):
 
     def init_from_token_counts(self, counts: Tensor) -> None:
         """Initialize what depends on how often the training split has each token (at most V,)."""
+
+    def init_from_spelling(self, spelling: Sequence[bytes]) -> None:
+        """Initialize what depends on the bytes of each of the tokenizer's tokens (at most V)."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of the forward and backward pass for each token of a sequence.

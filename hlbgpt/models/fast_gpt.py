@@ -8,6 +8,7 @@ What is unusual about it:
 - attention reads each token mixed with the two before it (token shift)
 - optionally, the last blocks add an embedding of the token to the values of attention
 - optionally, an embedding of pairs of tokens
+- optionally, tokens that are spelled alike share a part of embedding and LM head, see `subwords.py`
 - the residual stream has the precision of autocast
 - an untied LM head with a softcap, frequency clusters and a bias from the token counts, see
   `adaptive_softmax.py`
@@ -17,6 +18,7 @@ Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat.
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -28,6 +30,7 @@ from hlbgpt.models.base import Network, require, require_not_negative, require_p
 from hlbgpt.models.kv_cache import KVCache, causal_attention, earlier
 from hlbgpt.models.lm_head import TokenScores
 from hlbgpt.models.pointer import Pointer
+from hlbgpt.models.subwords import NUM_FEATURES, SubwordEmbedding, subword_features
 
 if torch.cuda.is_available() and find_spec("triton"):  # which some builds of torch lack
     from hlbgpt.models.fused_mlp import fused_mlp
@@ -55,6 +58,8 @@ class FastGPT(Network):
         softcap: Limits logits to ± this with tanh; 0 for no limit.
         value_embed_blocks: Number of last blocks that add an embedding of the token to the values.
         bigram_buckets: Rows of the embedding of pairs of tokens, found by a hash; 0 for none.
+        subword_buckets: Rows of the embedding of spelling, and of that which adds to the weights of
+            the LM head; 0 for none.
         token_shift: Whether attention reads each token mixed with the two before it.
         pointer_dim: Size of the pointer's queries and keys; 0 for no pointer.
         pointer_ngrams: Maximum number of matching tokens for which the pointer gives a bonus.
@@ -63,6 +68,8 @@ class FastGPT(Network):
         loss_chunk_tokens: Number of tokens whose logits exist in float32 at a time; 0 for all. It
             changes memory and speed, not the loss.
     """
+
+    features: Tensor
 
     supports_kv_cache = True
     needs_token_counts = True
@@ -79,6 +86,7 @@ class FastGPT(Network):
         softcap: float = 15.0,
         value_embed_blocks: int = 0,
         bigram_buckets: int = 0,
+        subword_buckets: int = 0,
         token_shift: bool = True,
         pointer_dim: int = 0,
         pointer_ngrams: int = 2,
@@ -88,6 +96,10 @@ class FastGPT(Network):
         super().__init__()
         require_positive(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
         require_not_negative(softcap=softcap, bigram_buckets=bigram_buckets)
+        require(
+            subword_buckets == 0 or subword_buckets > 1,
+            f"subword_buckets: {subword_buckets} is neither 0 nor 2 or more; change it",
+        )
         require_not_negative(loss_chunk_tokens=loss_chunk_tokens)
         require(
             0 <= value_embed_blocks <= num_blocks,
@@ -102,6 +114,12 @@ class FastGPT(Network):
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.bigram_embedding = BigramEmbedding(bigram_buckets, width) if bigram_buckets else None
+        self.needs_spelling, self.subword_embedding = subword_buckets > 0, None
+        if subword_buckets:
+            self.subword_embedding = SubwordEmbedding(subword_buckets, width, std=0.3)
+            # In checkpoints, so that a trained network does not need the tokenizer.
+            features = torch.zeros(vocab_size, NUM_FEATURES, dtype=torch.int64)
+            self.register_buffer("features", features)
         self.rotary = Rotary(width // num_heads, max_sequence_length)
         first = num_blocks - value_embed_blocks
         self.blocks = nn.ModuleList(
@@ -110,8 +128,21 @@ class FastGPT(Network):
         )
         self.pointer = Pointer(width, pointer_dim, pointer_ngrams) if pointer_dim else None
         self.lm_head = AdaptiveSoftmax(
-            width, vocab_size, cutoffs, capacity, softcap=softcap, chunk_tokens=loss_chunk_tokens
+            width,
+            vocab_size,
+            cutoffs,
+            capacity,
+            subword_buckets=subword_buckets,
+            softcap=softcap,
+            chunk_tokens=loss_chunk_tokens,
         )
+
+    def init_from_spelling(self, spelling: Sequence[bytes]) -> None:
+        if self.subword_embedding is None:
+            return
+        features = subword_features(spelling, len(self.subword_embedding.weight))
+        self.features[: len(features)] = features.to(self.features.device)
+        self.lm_head.init_from_spelling(features)
 
     def init_from_token_counts(self, counts: Tensor) -> None:
         self.lm_head.init_from_token_counts(counts)
@@ -135,6 +166,8 @@ class FastGPT(Network):
         if kv_cache is not None:
             kv_cache.prepare(tokens)
         x = self.embedding(tokens)
+        if self.subword_embedding is not None:
+            x = x + self.subword_embedding(self.features[tokens])
         if torch.is_autocast_enabled(x.device.type):  # which does not cast embeddings
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = norm(x)

@@ -17,6 +17,7 @@ RULES: dict[str, Callable[[str, nn.Parameter], bool]] = {
     "slopes": lambda name, p: name.endswith(".slope"),  # hlb-gpt 0.4.1's attention bias
     "block_matrices": _is_block_matrix,
     "bigram_embedding": lambda name, p: name.startswith("bigram_embedding."),
+    "subword_head": lambda name, p: name == "lm_head.subword_embedding.weight",
     "lm_head": lambda name, p: p.ndim >= 2 and name.startswith("lm_head."),
     "embeddings": lambda name, p: p.ndim >= 2,  # tokens, positions, values; also a tied head
     "vectors": lambda name, p: True,  # norms, biases, scalars
