@@ -26,12 +26,13 @@ def subwords(spelling: bytes) -> list[str]:
     text = spelling.decode(errors="backslashreplace")
     letters = text.removeprefix(" ")
     lower = letters.lower()
-    kind = f"{text != letters}/{_kind(letters[:1])}/{''.join(sorted(set(map(_kind, letters[1:]))))}"
+    spaced, others = text != letters, sorted({_kind(character) for character in letters[1:]})
+    kind = f"{spaced}/{_kind(letters[:1])}/{''.join(others)}"
     return [
         f"kind {kind} {min(len(letters), 8)}",
         f"end2 {kind} {lower[-2:]}",
         f"end3 {lower[-3:]}",
-        f"start2 {text != letters} {lower[:2]}",
+        f"start2 {spaced} {lower[:2]}",
         f"start3 {lower[:3]}",
         f"all {lower}",
     ]

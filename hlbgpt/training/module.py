@@ -103,10 +103,10 @@ class LanguageModule(step.MicroBatchedModule):
             strategy.checkpoint_io = AtomicCheckpointIO()
         if self._fitting:
             self.train_texts = [self.data.train_fingerprint]
-            if self.net.needs_spelling:
-                self.net.init_from_spelling(self.data.encoding.spelling())
             if self.compile_net:
                 checks.require_static_shapes(self.net)
+            if self.net.needs_spelling:
+                self.net.init_from_spelling(self.data.encoding.spelling())
             if strategy.root_device.type == "cuda":  # not those of an earlier run
                 torch.cuda.reset_peak_memory_stats(strategy.root_device)
         if strategy.root_device.type == "mps":  # has no double precision
