@@ -30,6 +30,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "hlb041": HLB041,
     "fast": lambda **sizes: FastGPT(num_heads=2, **sizes),
     "fast, tables": lambda **sizes: FastGPT(num_heads=2, **TABLES, **sizes),
+    "fast, spelling": lambda **sizes: FastGPT(
+        num_heads=2, cutoffs=[8], subword_buckets=30, **sizes
+    ),
     "fast, pointer": lambda **sizes: FastGPT(num_heads=2, pointer_dim=8, **sizes),
     "fast, bare": lambda **sizes: FastGPT(
         num_heads=2, token_shift=False, pointer_dim=8, pointer_ngrams=0, **sizes
@@ -44,6 +47,7 @@ def network(name: str, *, context: int = 16, **sizes: int) -> Network:
     torch.manual_seed(0)
     net = NETWORKS[name](**SIZES | sizes, max_sequence_length=context)
     net.init_from_token_counts(torch.randint(1000, (60,)))
+    net.init_from_spelling([b" %d" % token for token in range(60)])
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     return net.double()
@@ -128,6 +132,15 @@ def test_an_emptied_sequence_starts_anew() -> None:
     cache.insert(0, KVCache(1, 1))
     tokens = torch.tensor([[4]])
     torch.testing.assert_close(net(tokens, kv_cache=cache), net(tokens))
+
+
+def test_the_lm_head_is_spelled_once_for_a_kv_cache() -> None:
+    net, cache, calls = network("fast, spelling"), KVCache(1, 16), []
+    spelling = net.get_submodule("lm_head.subword_embedding")
+    spelling.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        net(torch.tensor([[1]]), kv_cache=cache)
+    assert len(calls) == 1
 
 
 def test_a_full_kv_cache_refuses_more_tokens() -> None:

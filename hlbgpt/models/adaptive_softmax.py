@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hlbgpt.models.base import require
+from hlbgpt.models.kv_cache import KVCache
 from hlbgpt.models.lm_head import EVAL_CHUNK_TOKENS, IGNORE_INDEX, LMHead, TokenScores, mean_loss
 from hlbgpt.models.pointer import PointerScores
 from hlbgpt.models.subwords import NUM_FEATURES, SubwordEmbedding
@@ -125,13 +126,14 @@ class AdaptiveSoftmax(nn.Module):
         pointer: PointerScores | None = None,
         *,
         per_token: bool = False,
+        kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
         """What `Network.forward` returns, of features (B, T, D); logits are log-probabilities.
 
         With a `pointer`, of its mixture with the vocabulary's distribution.
         """
         if targets is None:
-            return self._log_probs(x, pointer)
+            return self._log_probs(x, pointer, kv_cache)
         if per_token:
             return self._token_scores(x, targets, pointer)
         losses = self._losses(x, targets)
@@ -139,8 +141,14 @@ class AdaptiveSoftmax(nn.Module):
             losses = pointer.mix_losses(losses - pointer.vocab, targets).where(targets >= 0, 0.0)
         return mean_loss(losses, targets)
 
-    def _log_probs(self, x: Tensor, pointer: PointerScores | None) -> Tensor:
-        log_probs = self._log_probs_by_rank(x, pointer, self._weights())[..., self.rank]
+    def _log_probs(
+        self, x: Tensor, pointer: PointerScores | None, kv_cache: KVCache | None
+    ) -> Tensor:
+        if kv_cache is None or self.subword_embedding is None:  # autocast keeps its casts itself
+            weights = self._weights()
+        else:
+            weights = kv_cache.weights(self, lambda: self._weights().to(x.dtype))
+        log_probs = self._log_probs_by_rank(x, pointer, weights)[..., self.rank]
         if pointer is None:
             return log_probs
         mixture = pointer.mix_probs(log_probs, pointer.tokens)

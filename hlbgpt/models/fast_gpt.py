@@ -181,7 +181,7 @@ class FastGPT(Network):
         if kv_cache is not None:
             x = kv_cache.advance(x)  # (B, 1, D)
             pointer = pointer and pointer.select(slice(-1, None))
-        return self.lm_head(x, targets, pointer, per_token=per_token)
+        return self.lm_head(x, targets, pointer, per_token=per_token, kv_cache=kv_cache)
 
 
 class BigramEmbedding(nn.Embedding):

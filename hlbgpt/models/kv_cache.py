@@ -3,7 +3,7 @@
 Shapes: B sequences, T new tokens of each, L tokens of the longest sequence including new ones.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class KVCache:
     def __init__(self, batch_size: int, max_length: int) -> None:
         self.lengths, self.max_length = [0] * batch_size, max_length
         self._states: dict[Hashable, Tensor] = {}  # (B, max_length, ...)
+        self._weights: dict[Hashable, Tensor] = {}
 
     def prepare(self, tokens: Tensor) -> None:
         """Set the positions and the mask for new tokens (B, T)."""
@@ -63,6 +64,12 @@ class KVCache:
         previous = states[self._rows, index.clamp(min=0)]
         previous[index < 0] = 0
         return torch.cat([previous, new], dim=1)
+
+    def weights(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returns from the weights, which do not change: computed once."""
+        if key not in self._weights:
+            self._weights[key] = compute()
+        return self._weights[key]
 
     def advance(self, x: Tensor) -> Tensor:
         """Count the new tokens as cached and return the features (B, 1, D) of the last one."""
