@@ -74,6 +74,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         value_embed_blocks=1,
         bigram_buckets=512,
         subword_buckets=256,
+        head_input=True,
         pointer_dim=16,
         fused_mlp=True,
     ),

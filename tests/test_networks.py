@@ -30,7 +30,12 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         **SMALL, num_heads=2, cutoffs=[8], pointer_dim=8, loss_chunk_tokens=7
     ),
     "fast, spelling": lambda: FastGPT(
-        **SMALL, num_heads=2, cutoffs=[8, 24], pointer_dim=8, subword_buckets=40
+        **SMALL,
+        num_heads=2,
+        cutoffs=[8, 24],
+        pointer_dim=8,
+        subword_buckets=40,
+        head_input=True,
     ),
     "fast, capacity": lambda: FastGPT(**SMALL, num_heads=2, cutoffs=[8, 24], capacity=[1.0, 1.0]),
 }
@@ -391,3 +396,21 @@ def test_rows_of_rare_clusters_get_the_gradients_of_indexing(capacity: list[floa
 def test_impossible_sizes_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_head_input_is_what_the_head_knows_of_each_token() -> None:
+    torch.manual_seed(0)
+    net = NETWORKS["fast, spelling"]()
+    assert isinstance(net, FastGPT)
+    assert net.head_proj is not None
+    net.init_from_spelling(SPELLING)
+    net.init_from_token_counts(torch.randint(1000, (60,)))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    read: list[Tensor] = []
+    net.head_proj.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    tokens = torch.randint(64, (2, 9))
+    by_token = net.lm_head._weights()[net.lm_head._token_class()]  # (V, D)
+    net(tokens)
+    torch.testing.assert_close(read[0], F.rms_norm(by_token[tokens], (32,)))
+    assert not read[0].requires_grad

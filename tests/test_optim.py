@@ -27,6 +27,7 @@ MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
                 value_embed_blocks=1,
                 bigram_buckets=9,
                 subword_buckets=9,
+                head_input=True,
                 pointer_dim=4,
             ),
             [

@@ -29,7 +29,8 @@ def tables(draw: st.DrawFn) -> list[ScheduleRow]:
     """Tables of two to five rows; each row after the first sets some of the columns."""
     gaps = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
     factor = st.none() | st.floats(0, 2)
-    columns = (st.integers(1, 64), st.integers(1, 900), factor, factor, st.integers(0, 500))
+    lengths, sizes, marks = st.integers(1, 64), st.integers(1, 900), st.integers(0, 500)
+    columns = (lengths, sizes, factor, factor, factor, marks)
     rows = [ScheduleRow(0, *map(draw, columns))]
     for tokens in itertools.accumulate(gaps):
         rows.append(ScheduleRow(tokens, *(draw(st.none() | column) for column in columns)))
@@ -86,10 +87,13 @@ def listed_steps(
         stop = start + windows * length * world_size
         begin, every = last("validate_every", start)
         marks = every and (stop - begin) // every > (start - begin) // every
-        lr, momentum = (interpolated(name, (start + stop) / 2) for name in ("lr", "momentum"))
+        lr, momentum, vocab_loss = (
+            interpolated(name, (start + stop) / 2) for name in ("lr", "momentum", "vocab_loss")
+        )
         shape = length, batch_size, windows // batch_size
         lr = 1.0 if lr is None else lr
-        steps.append(PlannedStep(start, *shape, lr, momentum, bool(stop >= end or marks)))
+        validate = bool(stop >= end or marks)
+        steps.append(PlannedStep(start, *shape, lr, momentum, vocab_loss, validate))
         start = stop
     return steps
 
@@ -102,11 +106,12 @@ def test_a_plan_is_the_list_of_its_steps(
     expected = listed_steps(table, micro_batch_tokens, world_size)
     assert len(plan) == len(expected)
     for step, listed in zip(plan, expected, strict=True):
-        assert step.lr == pytest.approx(listed.lr)  # compilers may round once less
-        assert step.momentum == (
-            None if listed.momentum is None else pytest.approx(listed.momentum)
+        found, wanted = (
+            {name: getattr(each, name) for name in ("lr", "momentum", "vocab_loss")}
+            for each in (step, listed)
         )
-        assert step == listed._replace(lr=step.lr, momentum=step.momentum)
+        assert found == pytest.approx(wanted)  # compilers may round once less
+        assert step == listed._replace(**found)
     assert plan[-1] == plan[len(plan) - 1]
     with pytest.raises(IndexError):
         plan[len(plan)]

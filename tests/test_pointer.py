@@ -80,3 +80,29 @@ def test_an_untrained_network_continues_a_repeated_text() -> None:
     log_probs = net(torch.tensor([text]))[0, -1].exp()
     assert log_probs.argmax() == 7
     assert log_probs[7] - log_probs[20] > 20 * (log_probs[8] - log_probs[20])  # 20 does not occur
+
+
+def test_the_second_loss_adds_its_gradient_and_leaves_the_loss_as_it_is() -> None:
+    """The vocabulary's distribution by itself is the mixture with a pointer that copies nothing."""
+    torch.manual_seed(0)
+    net = FastGPT(64, width=WIDTH, num_heads=2, num_blocks=1, cutoffs=[8], pointer_dim=8)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(64, (4, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[1, 3:] = -1
+    head = net.lm_head.weight
+
+    def loss_and_gradient(weight: float) -> tuple[Tensor, Tensor]:
+        net.lm_head.vocab_loss_weight.fill_(weight)
+        loss = net(inputs, targets)
+        return loss, torch.autograd.grad(loss, head)[0]
+
+    loss, gradient = loss_and_gradient(0.0)
+    same, more = loss_and_gradient(0.25)
+    pointer, net.pointer = net.pointer, None
+    _, vocab_gradient = loss_and_gradient(0.0)
+    assert pointer is not None
+    assert torch.equal(same, loss)
+    torch.testing.assert_close(more, gradient + 0.25 * vocab_gradient)
+    assert not torch.allclose(more, gradient)

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from hlbgpt.callbacks import LastCheckpoint, SequenceLengthDoubling, TokenSchedule
 from hlbgpt.data import TrainLoader
-from hlbgpt.models import GPT
+from hlbgpt.models import GPT, FastGPT
 from hlbgpt.optim import MuonAdamW
 from hlbgpt.optim.schedules import ScheduleRow, plan_steps
 from hlbgpt.runs.folder import last_checkpoint
@@ -72,6 +73,27 @@ def test_training_follows_the_table(folder: Path, tmp_path: Path) -> None:
     assert [tuple(values) for values in watch.seen] == expected
     assert module.tokens_seen == sum(step.tokens() for step in steps) >= 1500
     assert watch.validated == [number + 1 for number, s in enumerate(steps) if s.validate]
+
+
+def test_the_weight_of_the_second_loss_follows_the_table(folder: Path, tmp_path: Path) -> None:
+    weights: list[float] = []
+
+    class Weights(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            weights.append(pl_module.net.vocab_loss_weight.item())
+
+    table = [replace(TABLE[0], vocab_loss=0.5), TABLE[1], replace(TABLE[2], vocab_loss=0.0)]
+    net = FastGPT(256, 32, width=16, num_heads=2, num_blocks=1, pointer_dim=8)
+    fit(folder, tmp_path, TokenSchedule(table, micro_batch_tokens=64), Weights(), net=net)
+    expected = [step.vocab_loss for step in plan_steps(table, micro_batch_tokens=64)]
+    assert weights == pytest.approx(expected)
+    assert weights[0] > weights[-1] > 0
+
+
+def test_a_second_loss_needs_a_pointer(folder: Path, tmp_path: Path) -> None:
+    table = [replace(TABLE[0], vocab_loss=0.5), *TABLE[1:]]
+    with pytest.raises(InputError, match=r"schedule\.table: vocab_loss is set, but GPT has no"):
+        fit(folder, tmp_path, TokenSchedule(table, micro_batch_tokens=64))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [32, 64, "auto"])

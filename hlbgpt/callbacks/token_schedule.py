@@ -91,6 +91,12 @@ class TokenSchedule(StepShape):
                 "model.lr_scheduler: the learning rate follows schedule.table; leave it out, or "
                 "set the table to []"
             )
+        second_loss = any(row.vocab_loss is not None for row in self.table)
+        if second_loss and module.net.vocab_loss_weight is None:
+            raise InputError(
+                f"schedule.table: vocab_loss is set, but {type(module.net).__name__} has no "
+                "pointer; leave the column out, or set model.net.pointer_dim of a FastGPT"
+            )
         longest = max(stage.sequence_length for stage in self.steps.stages)
         require_context(module.net, longest, "schedule.table sequence_length")
         self._require_text(module)
@@ -127,7 +133,7 @@ class TokenSchedule(StepShape):
         super().on_train_start(trainer, pl_module)
 
     def next_step(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, int]:
-        """Shape of the next step; also sets its learning rates and momentum."""
+        """Shape of the next step; also sets its learning rates, momentum, and second loss."""
         if trainer.global_step >= len(self.steps):  # no table, or its end
             return {}
         step = self.steps[trainer.global_step]
@@ -135,6 +141,8 @@ class TokenSchedule(StepShape):
             group["lr"] = group["initial_lr"] * step.lr
             if step.momentum is not None and "momentum" in group:
                 group["momentum"] = step.momentum
+        if step.vocab_loss is not None and (weight := module.net.vocab_loss_weight) is not None:
+            weight.fill_(step.vocab_loss)
         return {
             "micro_batches": step.micro_batches,
             "batch_size": step.batch_size,

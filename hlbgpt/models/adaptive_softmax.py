@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.base import require
@@ -37,6 +38,7 @@ class AdaptiveSoftmax(nn.Module):
     rank: Tensor
     log_prior: Tensor
     features: Tensor
+    vocab_loss_weight: Tensor
     _cutoffs: Tensor
 
     def __init__(
@@ -74,6 +76,7 @@ class AdaptiveSoftmax(nn.Module):
             self.register_buffer("features", features)  # of each class
         self.register_buffer("log_prior", torch.zeros(sum(self.sizes)))
         self.register_buffer("rank", torch.arange(vocab_size))  # of each token
+        self.register_buffer("vocab_loss_weight", torch.zeros(()), persistent=False)
         self.register_buffer("_cutoffs", torch.tensor(cutoffs, dtype=torch.int64), persistent=False)
 
     def init_from_spelling(self, features: Tensor) -> None:
@@ -136,10 +139,14 @@ class AdaptiveSoftmax(nn.Module):
             return self._log_probs(x, pointer, kv_cache)
         if per_token:
             return self._token_scores(x, targets, pointer)
-        losses = self._losses(x, targets)
-        if pointer is not None:
-            losses = pointer.mix_losses(losses - pointer.vocab, targets).where(targets >= 0, 0.0)
-        return mean_loss(losses, targets)
+        vocab_losses = self._losses(x, targets)
+        if pointer is None:
+            return mean_loss(vocab_losses, targets)
+        losses = pointer.mix_losses(vocab_losses - pointer.vocab, targets)
+        loss = mean_loss(losses.where(targets >= 0, 0.0), targets)
+        vocab_loss = mean_loss(vocab_losses, targets)
+        # Only the second loss's gradient counts: what is returned is the loss of the predictions.
+        return loss + self.vocab_loss_weight * (vocab_loss - vocab_loss.detach())
 
     def _log_probs(
         self, x: Tensor, pointer: PointerScores | None, kv_cache: KVCache | None
@@ -153,6 +160,14 @@ class AdaptiveSoftmax(nn.Module):
             return log_probs
         mixture = pointer.mix_probs(log_probs, pointer.tokens)
         return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
+
+    def token_weights(self, tokens: Tensor) -> Tensor:
+        """Weights (..., D) with which the vocabulary predicts each of `tokens` (...)."""
+        classes = self._token_class()[tokens]
+        weights = F.embedding(classes, self.weight)
+        if self.subword_embedding is None:
+            return weights
+        return weights + self.subword_embedding(self.features[classes])
 
     def _weights(self) -> Tensor:
         """Weights (V + K, D) of all classes."""

@@ -24,6 +24,9 @@ class Network(nn.Module):
         needs_token_counts: Whether `init_from_token_counts` must be called before training.
         needs_spelling: Whether `init_from_spelling` must be called before training.
         activation_checkpointing: Whether `checkpoint_blocks` was called.
+        vocab_loss_weight: Of a network with a pointer the weight () of a second training loss, that
+            of the vocabulary's distribution by itself, which otherwise learns little of tokens that
+            can be copied. It adds to the gradients, not to the loss that `forward` returns.
     """
 
     vocab_size: int
@@ -32,6 +35,10 @@ class Network(nn.Module):
     needs_token_counts: bool = False
     needs_spelling: bool = False
     activation_checkpointing: bool = False
+
+    @property
+    def vocab_loss_weight(self) -> Tensor | None:
+        return None
 
     def forward(
         self,

@@ -5,14 +5,16 @@ What is unusual about it:
 - rotary positions, of which half the frequencies are zero
 - ReLU² in the MLP, no biases
 - every block adds the embedding again, with learned factors (x0 shortcut)
-- attention reads each token mixed with the two before it (token shift)
+- attention and MLP read each token mixed with the two before it (token shift)
 - optionally, the last blocks add an embedding of the token to the values of attention
 - optionally, an embedding of pairs of tokens
 - optionally, tokens that are spelled alike share a part of embedding and LM head, see `subwords.py`
 - the residual stream has the precision of autocast
 - an untied LM head with a softcap, frequency clusters and a bias from the token counts, see
   `adaptive_softmax.py`
-- optionally, a share of each prediction goes to earlier tokens, see `pointer.py`
+- optionally, the input has a learned projection of what the LM head knows about the token
+- optionally, a share of each prediction goes to earlier tokens, see `pointer.py`; a schedule may
+  then add a second training loss, without this share
 Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat.
 
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
@@ -60,7 +62,10 @@ class FastGPT(Network):
         bigram_buckets: Rows of the embedding of pairs of tokens, found by a hash; 0 for none.
         subword_buckets: Rows of the embedding of spelling, and of that which adds to the weights of
             the LM head; 0 for none.
-        token_shift: Whether attention reads each token mixed with the two before it.
+        head_input: Whether the input also has a learned projection of each token's weights in the
+            LM head, which get no gradient from it. Both embeddings are then learned from all that
+            is known of a token: what comes before it, and what comes after.
+        token_shift: Whether attention and MLP read each token mixed with the two before it.
         pointer_dim: Size of the pointer's queries and keys; 0 for no pointer.
         pointer_ngrams: Maximum number of matching tokens for which the pointer gives a bonus.
         fused_mlp: Whether a compiled network in bf16 on a GPU computes its MLPs by
@@ -87,6 +92,7 @@ class FastGPT(Network):
         value_embed_blocks: int = 0,
         bigram_buckets: int = 0,
         subword_buckets: int = 0,
+        head_input: bool = False,
         token_shift: bool = True,
         pointer_dim: int = 0,
         pointer_ngrams: int = 2,
@@ -120,6 +126,10 @@ class FastGPT(Network):
             # In checkpoints, so that a trained network does not need the tokenizer.
             features = torch.zeros(vocab_size, NUM_FEATURES, dtype=torch.int64)
             self.register_buffer("features", features)
+        self.head_proj = None
+        if head_input:
+            self.head_proj = nn.Linear(width, width, bias=False)
+            nn.init.zeros_(self.head_proj.weight)
         self.rotary = Rotary(width // num_heads, max_sequence_length)
         first = num_blocks - value_embed_blocks
         self.blocks = nn.ModuleList(
@@ -136,6 +146,10 @@ class FastGPT(Network):
             softcap=softcap,
             chunk_tokens=loss_chunk_tokens,
         )
+
+    @property
+    def vocab_loss_weight(self) -> Tensor | None:
+        return None if self.pointer is None else self.lm_head.vocab_loss_weight
 
     def init_from_spelling(self, spelling: Sequence[bytes]) -> None:
         if self.subword_embedding is None:
@@ -173,6 +187,10 @@ class FastGPT(Network):
         x = norm(x)
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(tokens, kv_cache).to(x.dtype)
+        if self.head_proj is not None:
+            with torch.no_grad():
+                weights = self.lm_head.token_weights(tokens)
+            x = x + self.head_proj(norm(weights).to(x.dtype))
         x0 = x  # (B, T, D)
         for block in self.blocks:
             x = block(x, x0, tokens, self.rotary, kv_cache)
@@ -232,7 +250,8 @@ class Block(nn.Module):
         # Separate scalars, because slices of one tensor have had wrong gradients when compiled.
         self.resid_lambda = nn.Parameter(torch.ones(1))
         self.x0_lambda = nn.Parameter(torch.zeros(1))
-        self.token_shift = TokenShift(width) if token_shift else None
+        self.token_shift = TokenShift(width, 0.5, 0.25) if token_shift else None
+        self.mlp_token_shift = TokenShift(width, 0.25, 0.0) if token_shift else None
         self.attention = Attention(width, num_heads)
         self.value_embed = nn.Embedding(value_embed_size, width) if value_embed_size else None
         self.ve_lambda = nn.Parameter(torch.zeros(1)) if value_embed_size else None
@@ -249,20 +268,23 @@ class Block(nn.Module):
         if self.value_embed is not None and self.ve_lambda is not None:
             ve = self.ve_lambda.to(x.dtype) * self.value_embed(tokens).to(x.dtype)  # (B, T, D)
         x = x + self.attention(y, ve, rotary, kv_cache)
-        return x + self.mlp(norm(x))
+        y = norm(x)
+        if self.mlp_token_shift is not None:
+            y = self.mlp_token_shift(y, kv_cache)
+        return x + self.mlp(y)
 
 
 class TokenShift(nn.Module):
     """x_t + a x_(t-1) + b x_(t-2), with a and b learned for each channel.
 
-    It lets attention use the last tokens from the first step on, as the distance bias of hlb-gpt
+    It lets a block use the last tokens from the first step on, as the distance bias of hlb-gpt
     0.4.1 does, but keeps the fast attention kernels.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, one_back: float, two_back: float) -> None:
         super().__init__()
-        self.one_back = nn.Parameter(torch.full((width,), 0.5))
-        self.two_back = nn.Parameter(torch.full((width,), 0.25))
+        self.one_back = nn.Parameter(torch.full((width,), one_back))
+        self.two_back = nn.Parameter(torch.full((width,), two_back))
 
     def forward(self, x: Tensor, kv_cache: KVCache | None = None) -> Tensor:  # (B, T, D)
         one, two = earlier(x, 2, kv_cache, self)

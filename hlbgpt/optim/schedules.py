@@ -22,6 +22,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "step_tokens": (1, MOST_BATCH_TOKENS),
     "lr": (0, inf),
     "momentum": (0, inf),
+    "vocab_loss": (0, inf),
     "validate_every": (0, _MOST_TOKENS),
 }
 
@@ -31,8 +32,8 @@ class ScheduleRow:
     """A row of the schedule: the settings from a number of tokens on.
 
     `sequence_length`, `step_tokens` and `validate_every` hold until a later row sets them again.
-    `lr` and `momentum` are interpolated linearly between the rows that set them. The last row
-    marks the end of the run; its sequence length and step size are not used.
+    `lr`, `momentum` and `vocab_loss` are interpolated linearly between the rows that set them. The
+    last row marks the end of the run; its sequence length and step size are not used.
 
     Args:
         tokens: Tokens seen when this row begins.
@@ -40,6 +41,7 @@ class ScheduleRow:
         step_tokens: Tokens of an optimizer step on all devices, rounded to whole windows.
         lr: Factor of every group's learning rate.
         momentum: Muon's momentum.
+        vocab_loss: `Network.vocab_loss_weight`.
         validate_every: Tokens between validations; 0 for none. A validation always follows the
             last step.
     """
@@ -49,6 +51,7 @@ class ScheduleRow:
     step_tokens: int | None = None
     lr: float | None = None
     momentum: float | None = None
+    vocab_loss: float | None = None
     validate_every: int | None = None
 
 
@@ -61,6 +64,7 @@ class PlannedStep(NamedTuple):
     micro_batches: int
     lr: float  # factor of every group's learning rate
     momentum: float | None  # Muon's; None to leave it unchanged
+    vocab_loss: float | None  # weight of the second loss; None to leave it unchanged
     validate: bool  # whether a validation follows
 
     def tokens(self, world_size: int = 1) -> int:
@@ -122,6 +126,7 @@ class StepPlan:
         self._world_size = world_size
         self._end = table[-1].tokens if table else 0
         self._lr, self._momentum = _Column(table, "lr"), _Column(table, "momentum")
+        self._vocab_loss = _Column(table, "vocab_loss")
         self._validate_every = _Column(table, "validate_every")
         self._first_steps = [stage.first_step for stage in self.stages]
 
@@ -139,9 +144,13 @@ class StepPlan:
         start = stage.first_token + (number - stage.first_step) * step_tokens
         stop = start + step_tokens
         middle = (start + stop) / 2
-        lr, momentum = self._lr.interpolated(middle), self._momentum.interpolated(middle)
+        lr = self._lr.interpolated(middle)
+        momentum, vocab_loss = (
+            column.interpolated(middle) for column in (self._momentum, self._vocab_loss)
+        )
         validate = stop >= self._end or self._crosses_validation(start, stop)
-        return PlannedStep(start, *shape, 1.0 if lr is None else lr, momentum, validate)
+        lr = 1.0 if lr is None else lr
+        return PlannedStep(start, *shape, lr, momentum, vocab_loss, validate)
 
     def _crosses_validation(self, start: int, stop: int) -> bool:
         """Whether a step from `start` to `stop` reaches a multiple of the validation interval."""
