@@ -4,8 +4,22 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import CONFIGS, fitting
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SIZES = {"width", "num_heads", "num_blocks", "capacity", "loss_chunk_tokens", "fused_mlp"}
+
+
+@pytest.mark.parametrize("name", ["midsize", "short"])
+def test_what_is_tried_on_a_cpu_is_the_speedrun(name: str) -> None:
+    ours, theirs = (
+        yaml.safe_load((CONFIGS / f"{each}.yaml").read_text())["model"]
+        for each in (name, "speedrun")
+    )
+    assert ours["optimizer"] == theirs["optimizer"]
+    ours, theirs = (model["net"]["init_args"].items() for model in (ours, theirs))
+    assert {k: v for k, v in ours if k not in SIZES} == {k: v for k, v in theirs if k not in SIZES}
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
