@@ -63,8 +63,8 @@ class FastGPT(Network):
         subword_buckets: Rows of the embedding of spelling, and of that which adds to the weights of
             the LM head; 0 for none.
         head_input: Whether the input also has a learned projection of each token's weights in the
-            LM head, which get no gradient from it. Both embeddings are then learned from all that
-            is known of a token: what comes before it, and what comes after.
+            LM head, which get no gradient from it. These weights learn what comes before a token,
+            and its embedding what comes after.
         token_shift: Whether attention and MLP read each token mixed with the two before it.
         pointer_dim: Size of the pointer's queries and keys; 0 for no pointer.
         pointer_ngrams: Maximum number of matching tokens for which the pointer gives a bonus.
