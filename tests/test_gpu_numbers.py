@@ -216,7 +216,7 @@ def test_batches_gathered_on_the_device_are_those_of_the_host(
 def test_evaluation_is_that_of_the_cpu(
     device: torch.device, name: str, precision: str, folder: Path, tmp_path: Path
 ) -> None:
-    """Of float64, window by window, in bf16 within 2e-3: rounding averages out over 5000 bytes."""
+    """Of float64, window by window, in bf16 within 1e-3: rounding averages out over 5000 bytes."""
     net, exact = random_network(name, std=0.1), random_network(name, std=0.1).double()
     text = torch.tensor(list((folder / "wiki.valid.raw").read_bytes()))
     assert (len(text) - 1) % (64 * 32)  # so that the last batch is padded
@@ -229,7 +229,8 @@ def test_evaluation_is_that_of_the_cpu(
     module, data = make(folder, tmp_path, net=net, eval_batch_size=64)
     run = trainer(tmp_path, accelerator=device.type, precision=precision, limit_val_batches=1.0)
     (values,) = run.validate(module, data, verbose=False)
-    bound = 2e-3 if precision == "bf16-mixed" else 1e-4
+    rounding = 2e-3 if name == "speedrun" else 1e-3  # 1.4e-3 was found, and the sign varies
+    bound = rounding if precision == "bf16-mixed" else 1e-4
     assert values["val_loss"] == pytest.approx(expected, abs=bound)
 
 

@@ -398,15 +398,10 @@ def test_impossible_sizes_are_named(make: Any, message: str) -> None:
         make()
 
 
-def test_the_head_input_is_what_the_head_knows_of_each_token() -> None:
-    torch.manual_seed(0)
-    net = NETWORKS["fast, spelling"]()
+@pytest.mark.parametrize("build", ["fast, spelling"], indirect=True)
+def test_the_head_input_is_what_the_head_knows_of_each_token(net: Network) -> None:
     assert isinstance(net, FastGPT)
     assert net.head_proj is not None
-    net.init_from_spelling(SPELLING)
-    net.init_from_token_counts(torch.randint(1000, (60,)))
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.3)
     read: list[Tensor] = []
     net.head_proj.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     tokens = torch.randint(64, (2, 9))
