@@ -79,7 +79,8 @@ SETUP = [line for line in TYPED if "venv" in line]
 CHECKS = [line for line in TYPED if line.startswith(("pytest ", "ruff "))]
 COMMANDS = commands_of_table(README) + [line for line in TYPED if line not in SETUP + CHECKS]
 # Those that take hours with the recipes as they are, and a picture of them.
-RECIPES = [line for line in COMMANDS if "prox" in line or "race.svg" in line]
+LONG = re.compile(r"prox|race\.svg|configs/(midsize|short)\.yaml")
+RECIPES = [line for line in COMMANDS if LONG.search(line)]
 SEVERAL = [line for line in COMMANDS if line.startswith("torchrun ")]
 WITH_GPT2 = [line for line in COMMANDS if "--data.tokenizer gpt2" in line]
 
@@ -220,7 +221,7 @@ def test_comparisons_of_recipes(
     files: dict[str, str], gpt2: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(".github").mkdir()
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 8
     for command in RECIPES:
         words = words_of(re.sub(r"seeds \d", "seeds 1", command), files)
         program = ["-m", "hlbgpt"] if command.startswith("hlbgpt") else []
