@@ -2,21 +2,28 @@
 
     python scripts/plan.py --config configs/speedrun.yaml --gpu A100
     python scripts/plan.py --config configs/speedrun.yaml --gpu H100-SXM --depths 4,8,12,17,34
+    python scripts/plan.py --config configs/speedrun.yaml --out plan.svg
 
 Takes the arguments of `hlbgpt fit`. Trains nothing, downloads nothing and needs no GPU. With
-`--depths`, a row for each `scale.depth`.
+`--depths`, a row for each `scale.depth`; with `--out`, a picture of the schedule's table.
 """
 
 import argparse
 import sys
 from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hlbgpt.models import FastGPT
 from hlbgpt.optim import parameter_groups
+from hlbgpt.optim.schedules import StepPlan
 from hlbgpt.planning import AUTO_TOKENS, BANDWIDTH, PRODUCTS, Plan, plan_run
 from hlbgpt.utils.command import command
 from hlbgpt.utils.errors import InputError
 from hlbgpt.utils.hardware import GPU, GPUS, gpu_named, gpu_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PEAK, RATE = (" to ".join(f"{part:.0%}" for part in each) for each in (PRODUCTS, BANDWIDTH))
 _PRODUCTS = ("block_matrices", "lm_head")  # groups that matrix products compute with
@@ -82,6 +89,38 @@ def depths_report(plans: dict[int, Plan], gpu: GPU) -> str:
     return "\n".join([*lines, ASSUMPTIONS])
 
 
+def draw(schedule: StepPlan) -> "Figure":
+    """Draw what changes during a run by tokens, for white and for dark pages."""
+    from matplotlib.figure import Figure
+    from plot import COLORS_ON_ANY_PAGE, suit_any_page
+
+    steps = list(schedule)
+    millions = [step.first_token / 1e6 for step in steps]
+    sizes: dict[str, list[Any]] = {
+        "tokens of a step": [step.tokens() for step in steps],
+        "sequence length": [step.sequence_length for step in steps],
+    }
+    factors: dict[str, list[Any]] = {
+        "learning rate (factor)": [step.lr for step in steps],
+        "Muon's momentum": [step.momentum for step in steps],
+        "weight of the second loss": [step.vocab_loss for step in steps],
+    }
+    figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="none")
+    above, below = figure.subplots(2, sharex=True)
+    for axes, lines in ((above, sizes), (below, factors)):
+        for color, (name, values) in zip(COLORS_ON_ANY_PAGE, lines.items(), strict=False):
+            if None not in values:
+                axes.step(millions, values, where="post", color=color, label=name)
+        axes.legend(labelcolor="linecolor", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    shown = sorted({size for values in sizes.values() for size in values})
+    above.set_yscale("log", base=2)
+    above.set_yticks(shown, [f"{size:,}" for size in shown])
+    below.set(xlabel="million tokens", xlim=(0, None), ylim=(0, 1.05))
+    for axes in (above, below):
+        suit_any_page(axes)
+    return figure
+
+
 def _depths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -93,6 +132,20 @@ def _rounded(seconds: float) -> str:
     return f"{float(f'{seconds:.2g}'):,g}"  # two digits: it is an estimate
 
 
+def _report(words: list[str], gpus: list[GPU], out: Path | None) -> None:
+    if out:
+        from plot import require_format, save_figure  # which needs matplotlib
+
+        require_format(out)
+    plan = plan_run(words)
+    if out and not plan.schedule:
+        raise InputError("--out: the config has no schedule.table; there is nothing to draw")
+    print(report(plan, gpus))
+    if out:
+        save_figure(draw(plan.schedule), out)
+        print(f"written: {out}")
+
+
 @command("plan.py")
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -100,10 +153,13 @@ def main() -> None:
     )
     parser.add_argument("--gpu", help=f"one of {gpu_names()}; by default all of them")
     parser.add_argument("--depths", help="values of scale.depth, such as 4,8,12")
+    parser.add_argument("--out", type=Path, help="PNG, SVG or PDF file: draw the schedule")
     options, words = parser.parse_known_args()
     gpus = [gpu_named(options.gpu)] if options.gpu else list(GPUS)
+    if options.out and options.depths:
+        parser.error("--out: draws one run; leave out --depths")
     if not options.depths:
-        print(report(plan_run(words), gpus))
+        _report(words, gpus, options.out)
         return
     gpu = gpus[0] if options.gpu else gpu_named("H100-SXM")
     plans = {n: plan_run([*words, f"--scale.depth={n}"]) for n in _depths(options.depths)}

@@ -107,7 +107,6 @@ def draw_one(
     }
     figure = Figure(figsize=(8, 4), layout="constrained", facecolor="none")
     axes = figure.subplots()
-    axes.set_facecolor("none")
     draw_losses({axis: axes}, groups, COLORS_ON_ANY_PAGE)
     finish_losses({axis: axes}, runs, met, hlb_gpt)
     for line in axes.lines:
@@ -125,12 +124,19 @@ def draw_one(
                 va="bottom",  # a loss falls, so there is room above its end
                 annotation_clip=False,
             )
+    suit_any_page(axes)
+    figure.supxlabel(printable(caption), x=0.01, ha="left", fontsize="medium", color=GREY)
+    return figure
+
+
+def suit_any_page(axes: Any) -> None:
+    """Make the background transparent and text and lines grey, for white and for dark pages."""
+    axes.set_facecolor("none")
     axes.tick_params(color=GREY, labelcolor=GREY)
     axes.spines[:].set_color(GREY)
-    below = figure.supxlabel(printable(caption), x=0.01, ha="left", fontsize="medium")
-    for text in (axes.xaxis.label, axes.yaxis.label, below):
-        text.set_color(GREY)
-    return figure
+    axes.spines[["top", "right"]].set_visible(False)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(GREY)
 
 
 def shown(label: str, longest: int = LONGEST_LABEL) -> str:
@@ -226,6 +232,11 @@ def draw_times(axes: Any, groups: Mapping[str, Sequence[RunCurves]]) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(seconds), frameon=False)
 
 
+def require_format(path: Path) -> None:
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"--out: {path} does not end in {', '.join(FORMATS)}")
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`; raises InputError if that is not possible."""
     kind = path.suffix.lower()[1:]
@@ -267,8 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.caption and not options.by:
         parser.error("--caption: stands below one panel; add --by tokens")
-    if options.out.suffix.lower() not in FORMATS:
-        raise InputError(f"--out: {options.out} does not end in {', '.join(FORMATS)}")
+    require_format(options.out)
     found = find_runs(options.runs)
     runs = [run for run in found if run.is_drawable]
     if not runs:

@@ -210,6 +210,12 @@ def test_every_config_has_a_plan(config: Path, plan) -> None:
         ),
         ([*SMALL, "--model.optimizer.momentum=2"], "momentum"),
         ([*SMALL, "--schedule.table=[]"], "max_steps: -1, and no schedule.table"),
+        ([*SMALL, "--out", "plan.doc"], "--out: plan.doc does not end in .png"),
+        ([*SMALL, "--out", "plan.svg", "--depths", "1"], "--out: draws one run"),
+        (
+            ["--config", str(CONFIGS / "quickstart.yaml"), "--out", "plan.svg"],
+            "--out: the config has no schedule.table",
+        ),
     ],
 )
 def test_errors_take_one_line(words: list[str], says: str, plan, capsys) -> None:
@@ -289,6 +295,26 @@ def test_activation_checkpointing_keeps_inputs_of_blocks_and_one_block(
 def test_activation_checkpointing_is_planned_as_it_trains() -> None:
     checkpointed = plan_run([*SMALL, "--model.activation_checkpointing=true"])
     assert checkpointed.memory["activations"] < plan_run(SMALL).memory["activations"]
+
+
+def test_the_picture_follows_the_table(plan, tmp_path: Path) -> None:
+    assert plan(*SMALL, "--out", "plan.svg").endswith("written: plan.svg\n")
+    assert "Muon's momentum" in (tmp_path / "plan.svg").read_text()
+    figure = script.draw(plan_run(SMALL).schedule)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    assert list(lines) == [
+        "tokens of a step",
+        "sequence length",
+        "learning rate (factor)",
+        "Muon's momentum",
+    ]  # the table has no second loss
+    x, lengths = lines["sequence length"].get_data()
+    assert list(x * 1e6) == pytest.approx(range(0, 4096, 256))
+    assert list(lengths) == [16] * 8 + [32] * 8
+    assert set(lines["tokens of a step"].get_ydata()) == {256}
+    rates = lines["learning rate (factor)"].get_ydata()
+    assert rates[0] == pytest.approx(1 - 0.9 * 128 / 4096)
+    assert rates[-1] == pytest.approx(0.1 + 0.9 * 128 / 4096)
 
 
 @pytest.mark.slow

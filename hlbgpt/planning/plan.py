@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, prod
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hlbgpt.cli.main import Built, build
 from hlbgpt.models import AdaptiveSoftmax, Network
 from hlbgpt.optim.build import build_optimizer
-from hlbgpt.optim.schedules import plan_steps
+from hlbgpt.optim.schedules import StepPlan, plan_steps
 from hlbgpt.planning.counts import PeakMemory, Work, WorkCounter
 from hlbgpt.training.checks import require_context
 from hlbgpt.utils.errors import InputError
@@ -51,6 +51,7 @@ class Plan:
     memory: dict[str, int]  # bytes, by what takes them; activations and update not at one time
     work: Work  # of all steps
     compiled: bool
+    schedule: StepPlan = field(default_factory=StepPlan)  # of no steps if there is no table
 
     @property
     def tokens(self) -> int:
@@ -81,7 +82,8 @@ class Plan:
 def plan_run(words: list[str]) -> Plan:
     """Plan `hlbgpt fit` with these arguments; raises InputError if that is impossible."""
     built = build(words, device="meta")
-    steps = _steps(built)
+    schedule = _schedule(built)
+    steps = _steps(built, schedule)
     longest = max(shape.sequence_length for shape in steps)
     require_context(built.net, longest, "data.sequence_length or schedule.table sequence_length")
     precision, _, kind = str(built.config.trainer.precision).partition("-")
@@ -90,17 +92,23 @@ def plan_run(words: list[str]) -> Plan:
         built.net.to(dtype)
     autocast = None if kind == "true" else dtype
     memory, work = measure(built.net, built.optimizer, steps, autocast)
-    return Plan(built.name, built.net, steps, memory, work, built.config.model.compile)
+    return Plan(built.name, built.net, steps, memory, work, built.config.model.compile, schedule)
 
 
-def _steps(built: Built) -> dict[Shape, int]:
+def _schedule(built: Built) -> StepPlan:
+    if not built.schedule.table:
+        return StepPlan()
+    size = built.schedule.micro_batch_tokens
+    size = AUTO_TOKENS if size == "auto" else size
+    return plan_steps(built.schedule.table, micro_batch_tokens=size)
+
+
+def _steps(built: Built, schedule: StepPlan) -> dict[Shape, int]:
     """The number of steps of each shape."""
-    data, schedule, max_steps = built.config.data, built.schedule, built.config.trainer.max_steps
-    if schedule.table:
-        size = schedule.micro_batch_tokens
-        size = AUTO_TOKENS if size == "auto" else size
+    data, max_steps = built.config.data, built.config.trainer.max_steps
+    if schedule.stages:
         steps: Counter[Shape] = Counter()
-        for stage in plan_steps(schedule.table, micro_batch_tokens=size).stages:
+        for stage in schedule.stages:
             left = max_steps - stage.first_step if max_steps > 0 else stage.steps
             shape = Shape(stage.sequence_length, stage.batch_size, stage.micro_batches)
             steps[shape] += min(stage.steps, max(0, left))
