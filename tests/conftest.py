@@ -70,6 +70,8 @@ def fitting(config: Path, arguments: list[str]) -> list[str]:
         clusters = [
             f"--model.net.init_args.{key}" for key in ("cutoffs=[64,128]", "capacity=[1,1]")
         ]
+        if "ngram_rows" in text:
+            clusters.append("--model.net.init_args.ngram_rows=5000")
         # Knowing how often each byte comes is worth more than the target of words.
         return [*arguments, *clusters, TABLE, "--time_to_target.target=0.5"]
     return arguments

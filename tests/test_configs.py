@@ -9,17 +9,20 @@ from conftest import CONFIGS, fitting
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SIZES = {"width", "num_heads", "num_blocks", "capacity", "loss_chunk_tokens", "fused_mlp"}
+NGRAMS = {"ngram_order", "ngram_rows"}
 
 
-@pytest.mark.parametrize("name", ["midsize", "short"])
-def test_what_is_tried_on_a_cpu_is_the_speedrun(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "other"), [("midsize", SIZES), ("short", SIZES), ("open", NGRAMS)]
+)
+def test_network_and_optimizer_are_the_speedruns(name: str, other: set[str]) -> None:
     ours, theirs = (
         yaml.safe_load((CONFIGS / f"{each}.yaml").read_text())["model"]
         for each in (name, "speedrun")
     )
     assert ours["optimizer"] == theirs["optimizer"]
     ours, theirs = (model["net"]["init_args"].items() for model in (ours, theirs))
-    assert {k: v for k, v in ours if k not in SIZES} == {k: v for k, v in theirs if k not in SIZES}
+    assert {k: v for k, v in ours if k not in other} == {k: v for k, v in theirs if k not in other}
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -34,6 +34,9 @@ NETWORKS: dict[str, Callable[..., Network]] = {
         num_heads=2, cutoffs=[8], subword_buckets=30, head_input=True, **sizes
     ),
     "fast, pointer": lambda **sizes: FastGPT(num_heads=2, pointer_dim=8, **sizes),
+    "fast, n-grams": lambda **sizes: FastGPT(
+        num_heads=2, pointer_dim=8, ngram_order=4, ngram_rows=300, **sizes
+    ),
     "fast, bare": lambda **sizes: FastGPT(
         num_heads=2, token_shift=False, pointer_dim=8, pointer_ngrams=0, **sizes
     ),
@@ -48,6 +51,7 @@ def network(name: str, *, context: int = 16, **sizes: int) -> Network:
     net = NETWORKS[name](**SIZES | sizes, max_sequence_length=context)
     net.init_from_token_counts(torch.randint(1000, (60,)))
     net.init_from_spelling([b" %d" % token for token in range(60)])
+    net.init_from_text(lambda overlap: iter([torch.arange(60).repeat(3) // 2]))
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     return net.double()

@@ -102,6 +102,7 @@ USES: dict[str, Callable[[TokenFiles], Any]] = {
     "training batch": lambda files: next(iter(training(files))),
     "copy to the device": lambda files: training(files).keep_tokens_on(torch.device("cpu")),
     "token counts": lambda files: training(files).token_counts(256),
+    "n-gram counts": lambda files: list(training(files).text_chunks(2)),
     "evaluation batch": lambda files: next(
         iter(EvalLoader(files.tokens, batch_size=2, sequence_length=8))
     ),

@@ -89,6 +89,9 @@ def test_loaders_of_several_parts_are_those_of_one(
             assert torch.equal(steps[1], steps[2])
         assert torch.equal(ours.token_counts(1000), device.token_counts(1000))
         counts += ours.token_counts(1000)
+        for feed in (ours, device, theirs):
+            (chunk,) = feed.text_chunks(3)
+            assert np.array_equal(chunk.numpy(), whole)
         batches = [
             torch.stack(list(EvalLoader(tokens, batch_size=3, sequence_length=5)))
             for tokens in (parts, whole)

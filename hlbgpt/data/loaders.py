@@ -116,6 +116,14 @@ class TrainLoader(StepLoader):
             on_host += np.bincount(tokens, minlength=vocab_size)
         return torch.from_numpy(on_host)
 
+    def text_chunks(self, overlap: int) -> Iterator[Tensor]:
+        for start in range(0, len(self._tokens), _COPIED):
+            part = slice(max(0, start - overlap), start + _COPIED)
+            if self._device_tokens is not None:
+                yield self._device_tokens[part].to(torch.int64) & self._mask
+            else:
+                yield torch.from_numpy(self._tokens[part].astype(np.int64))
+
     def next_step(self) -> Tensor:
         return self._gather(self._next_offsets())
 

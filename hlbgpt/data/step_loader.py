@@ -73,6 +73,17 @@ class StepLoader(ABC):
             "starts from; add it, or use another network"
         )
 
+    def text_chunks(self, overlap: int) -> Iterator[Tensor]:
+        """The whole training text in order, on every rank: (n,) int64 each, on any device.
+
+        Each chunk begins with the last `overlap` tokens of the one before. Only a network that
+        counts them asks, such as `FastGPT` with `ngram_order`.
+        """
+        raise InputError(
+            f"data.train_loader: {type(self).__name__} has no text_chunks, which the network "
+            "counts; add it, or use another network"
+        )
+
     def set_step(
         self,
         *,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hlbgpt.models.base import require
 from hlbgpt.models.kv_cache import KVCache
 from hlbgpt.models.lm_head import EVAL_CHUNK_TOKENS, IGNORE_INDEX, LMHead, TokenScores, mean_loss
+from hlbgpt.models.ngrams import NgramScores
 from hlbgpt.models.pointer import PointerScores
 from hlbgpt.models.subwords import NUM_FEATURES, SubwordEmbedding
 
@@ -127,38 +128,51 @@ class AdaptiveSoftmax(nn.Module):
         x: Tensor,
         targets: Tensor | None,
         pointer: PointerScores | None = None,
+        ngrams: NgramScores | None = None,
         *,
         per_token: bool = False,
         kv_cache: KVCache | None = None,
     ) -> Tensor | TokenScores:
         """What `Network.forward` returns, of features (B, T, D); logits are log-probabilities.
 
-        With a `pointer`, of its mixture with the vocabulary's distribution.
+        With a `pointer`, of its mixture with the vocabulary's distribution, and with `ngrams` of
+        the mixture of both with them.
         """
         if targets is None:
-            return self._log_probs(x, pointer, kv_cache)
+            return self._log_probs(x, pointer, ngrams, kv_cache)
         if per_token:
-            return self._token_scores(x, targets, pointer)
-        vocab_losses = self._losses(x, targets)
-        if pointer is None:
-            return mean_loss(vocab_losses, targets)
-        losses = pointer.mix_losses(vocab_losses - pointer.vocab, targets)
+            return self._token_scores(x, targets, pointer, ngrams)
+        losses = vocab_losses = self._losses(x, targets)
+        if pointer is not None:
+            losses = pointer.mix_losses(vocab_losses - pointer.vocab, targets)
+        if ngrams is not None:
+            losses = ngrams.mix_losses(losses, targets, leave_out=True)
         loss = mean_loss(losses.where(targets >= 0, 0.0), targets)
+        if pointer is None:
+            return loss
         vocab_loss = mean_loss(vocab_losses, targets)
         # Only the second loss's gradient counts: what is returned is the loss of the predictions.
         return loss + self.vocab_loss_weight * (vocab_loss - vocab_loss.detach())
 
     def _log_probs(
-        self, x: Tensor, pointer: PointerScores | None, kv_cache: KVCache | None
+        self,
+        x: Tensor,
+        pointer: PointerScores | None,
+        ngrams: NgramScores | None,
+        kv_cache: KVCache | None,
     ) -> Tensor:
         if kv_cache is None or self.subword_embedding is None:  # autocast keeps its casts itself
             weights = self._weights()
         else:
             weights = kv_cache.weights(self, lambda: self._weights().to(x.dtype))
         log_probs = self._log_probs_by_rank(x, pointer, weights)[..., self.rank]
-        if pointer is None:
+        if pointer is None and ngrams is None:
             return log_probs
-        mixture = pointer.mix_probs(log_probs, pointer.tokens)
+        mixture = (
+            log_probs.exp() if pointer is None else pointer.mix_probs(log_probs, pointer.tokens)
+        )
+        if ngrams is not None:
+            mixture = ngrams.mix_probs(mixture)
         return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
 
     def token_weights(self, tokens: Tensor) -> Tensor:
@@ -228,7 +242,11 @@ class AdaptiveSoftmax(nn.Module):
         return index.scatter(0, slot, tokens)[:size], slot
 
     def _token_scores(
-        self, x: Tensor, targets: Tensor, pointer: PointerScores | None
+        self,
+        x: Tensor,
+        targets: Tensor,
+        pointer: PointerScores | None,
+        ngrams: NgramScores | None,
     ) -> TokenScores:
         """Exact scores, one chunk of tokens at a time."""
         size = max(1, (self.chunk_tokens or EVAL_CHUNK_TOKENS) // len(x))
@@ -243,6 +261,10 @@ class AdaptiveSoftmax(nn.Module):
             if part_pointer is not None:
                 losses = part_pointer.mix_losses(losses, targets[:, part])
                 probs = part_pointer.mix_probs(probs, self.rank[part_pointer.tokens])
+            if ngrams is not None:
+                part_ngrams = ngrams.select(part)
+                losses = part_ngrams.mix_losses(losses, targets[:, part])
+                probs = part_ngrams.mix_probs(probs if pointer else probs.exp(), self.rank)
             # Compared with the maximum, because argmax is slow on a CPU.
             scores.append((losses, probs.gather(-1, index)[..., 0] == probs.amax(-1)))
         losses, correct = (torch.cat(parts, dim=1) for parts in zip(*scores, strict=True))

@@ -1,6 +1,6 @@
 """The interface of all networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ class Network(nn.Module):
         supports_kv_cache: Whether `forward` accepts a `kv_cache`; without one, generation is slow.
         needs_token_counts: Whether `init_from_token_counts` must be called before training.
         needs_spelling: Whether `init_from_spelling` must be called before training.
+        needs_text: Whether `init_from_text` must be called before training.
         activation_checkpointing: Whether `checkpoint_blocks` was called.
         vocab_loss_weight: Of a network with a pointer the weight () of a second training loss, that
             of the vocabulary's distribution by itself, which otherwise learns little of tokens that
@@ -34,6 +35,7 @@ class Network(nn.Module):
     supports_kv_cache: bool = False
     needs_token_counts: bool = False
     needs_spelling: bool = False
+    needs_text: bool = False
     activation_checkpointing: bool = False
 
     @property
@@ -68,6 +70,14 @@ class Network(nn.Module):
 
     def init_from_spelling(self, spelling: Sequence[bytes]) -> None:
         """Initialize what depends on the bytes of each of the tokenizer's tokens (at most V)."""
+
+    def init_from_text(self, chunks: Callable[[int], Iterator[Tensor]]) -> None:
+        """Initialize what is counted in the training text.
+
+        Args:
+            chunks: Reads the text from its beginning: (n,) int64 each, on the network's device.
+                Each chunk begins with so many of the last tokens of the one before.
+        """
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of the forward and backward pass for each token of a sequence.

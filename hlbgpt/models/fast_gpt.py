@@ -15,6 +15,7 @@ What is unusual about it:
 - optionally, the input has a learned projection of what the LM head knows about the token
 - optionally, a share of each prediction goes to earlier tokens, see `pointer.py`; a schedule may
   then add a second training loss, without this share
+- optionally, a share goes to what n-grams counted in the training text predict, see `ngrams.py`
 Sources: github.com/KellerJordan/modded-nanogpt, github.com/karpathy/nanochat.
 
 Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
@@ -31,6 +32,7 @@ from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
 from hlbgpt.models.base import Network, require, require_not_negative, require_positive
 from hlbgpt.models.kv_cache import KVCache, causal_attention, earlier
 from hlbgpt.models.lm_head import TokenScores
+from hlbgpt.models.ngrams import Chunks, NgramMixture
 from hlbgpt.models.pointer import Pointer
 from hlbgpt.models.subwords import NUM_FEATURES, SubwordEmbedding, subword_features
 
@@ -68,6 +70,9 @@ class FastGPT(Network):
         token_shift: Whether attention and MLP read each token mixed with the two before it.
         pointer_dim: Size of the pointer's queries and keys; 0 for no pointer.
         pointer_ngrams: Maximum number of matching tokens for which the pointer gives a bonus.
+        ngram_order: Longest n-gram that is counted in the training text and mixed in, 2 or more; 0
+            for none.
+        ngram_rows: Maximum number of n-grams of each length; 20 bytes each.
         fused_mlp: Whether a compiled network in bf16 on a GPU computes its MLPs by
             `fused_mlp.py`, which moves fewer bytes.
         loss_chunk_tokens: Number of tokens whose logits exist in float32 at a time; 0 for all. It
@@ -96,6 +101,8 @@ class FastGPT(Network):
         token_shift: bool = True,
         pointer_dim: int = 0,
         pointer_ngrams: int = 2,
+        ngram_order: int = 0,
+        ngram_rows: int = 2**24,
         fused_mlp: bool = False,
         loss_chunk_tokens: int = 0,
     ) -> None:
@@ -137,6 +144,9 @@ class FastGPT(Network):
             for i in range(num_blocks)
         )
         self.pointer = Pointer(width, pointer_dim, pointer_ngrams) if pointer_dim else None
+        self.needs_text, self.ngrams = ngram_order > 0, None
+        if ngram_order:
+            self.ngrams = NgramMixture(vocab_size, width, ngram_order, ngram_rows)
         self.lm_head = AdaptiveSoftmax(
             width,
             vocab_size,
@@ -160,6 +170,10 @@ class FastGPT(Network):
 
     def init_from_token_counts(self, counts: Tensor) -> None:
         self.lm_head.init_from_token_counts(counts)
+
+    def init_from_text(self, chunks: Chunks) -> None:
+        if self.ngrams is not None:
+            self.ngrams.count(chunks)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """See `Network`; a token of attention takes 4 D forward, and one of the pointer 2 d."""
@@ -196,10 +210,11 @@ class FastGPT(Network):
             x = block(x, x0, tokens, self.rotary, kv_cache)
         x = norm(x)
         pointer = None if self.pointer is None else self.pointer(x, tokens, kv_cache)
+        ngrams = None if self.ngrams is None else self.ngrams(x, tokens, kv_cache)
         if kv_cache is not None:
-            x = kv_cache.advance(x)  # (B, 1, D)
-            pointer = pointer and pointer.select(slice(-1, None))
-        return self.lm_head(x, targets, pointer, per_token=per_token, kv_cache=kv_cache)
+            x, last = kv_cache.advance(x), slice(-1, None)  # (B, 1, D)
+            pointer, ngrams = pointer and pointer.select(last), ngrams and ngrams.select(last)
+        return self.lm_head(x, targets, pointer, ngrams, per_token=per_token, kv_cache=kv_cache)
 
 
 class BigramEmbedding(nn.Embedding):

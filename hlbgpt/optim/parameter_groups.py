@@ -8,7 +8,7 @@ from torch import nn
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether it is a matrix of a product, other than the LM head."""
-    inside = name.startswith(("blocks.", "pointer.", "head_proj."))
+    inside = name.startswith(("blocks.", "pointer.", "head_proj.", "ngrams."))
     return inside and parameter.ndim >= 2 and not name.endswith(".value_embed.weight")
 
 

@@ -157,13 +157,22 @@ class LanguageModule(step.MicroBatchedModule):
     def on_train_start(self) -> None:
         if self._resume_state is not None:
             self._resume(self._resume_state)
-        elif self.net.needs_token_counts:
-            # On the clock, as all that is learned or counted from the training text.
+        else:
+            self._count_text()
+        self.throughput.begin()
+
+    def _count_text(self) -> None:
+        """On the clock, as all that is learned or counted from the training text."""
+        if self.net.needs_token_counts:
             counts = self.train_loader.token_counts(self.data.vocab_size).to(self.device)
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             with self.whole_net(keep_changes=True):
                 self.net.init_from_token_counts(counts)
-        self.throughput.begin()
+        if self.net.needs_text:
+            loader = self.train_loader
+            self.net.init_from_text(
+                lambda overlap: (chunk.to(self.device) for chunk in loader.text_chunks(overlap))
+            )
 
     # --- training; the step itself is in step.py ----------------------------------------------
 
