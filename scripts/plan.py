@@ -115,7 +115,7 @@ def draw(schedule: StepPlan) -> "Figure":
     shown = sorted({size for values in sizes.values() for size in values})
     above.set_yscale("log", base=2)
     above.set_yticks(shown, [f"{size:,}" for size in shown])
-    below.set(xlabel="million tokens", xlim=(0, None), ylim=(0, 1.05))
+    below.set(xlabel="million tokens", xlim=(0, None), ylim=(0, None))
     for axes in (above, below):
         suit_any_page(axes)
     return figure

@@ -221,7 +221,7 @@ def test_comparisons_of_recipes(
     files: dict[str, str], gpt2: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(".github").mkdir()
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 10
     for command in RECIPES:
         words = words_of(re.sub(r"seeds \d", "seeds 1", command), files)
         program = ["-m", "hlbgpt"] if command.startswith("hlbgpt") else []
