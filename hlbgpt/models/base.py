@@ -11,6 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from hlbgpt.models.kv_cache import KVCache
 from hlbgpt.models.lm_head import TokenScores
 
+# Reads the training text from its beginning: (n,) int64 chunks, each of which begins with so many
+# of the last tokens of the one before.
+TextChunks = Callable[[int], Iterator[Tensor]]
+
 
 class Network(nn.Module):
     """Base class of all networks.
@@ -71,13 +75,8 @@ class Network(nn.Module):
     def init_from_spelling(self, spelling: Sequence[bytes]) -> None:
         """Initialize what depends on the bytes of each of the tokenizer's tokens (at most V)."""
 
-    def init_from_text(self, chunks: Callable[[int], Iterator[Tensor]]) -> None:
-        """Initialize what is counted in the training text.
-
-        Args:
-            chunks: Reads the text from its beginning: (n,) int64 each, on the network's device.
-                Each chunk begins with so many of the last tokens of the one before.
-        """
+    def init_from_text(self, chunks: TextChunks) -> None:
+        """Initialize what is counted in the training text; `chunks` are on the network's device."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of the forward and backward pass for each token of a sequence.

@@ -29,10 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlbgpt.models.adaptive_softmax import AdaptiveSoftmax
-from hlbgpt.models.base import Network, require, require_not_negative, require_positive
+from hlbgpt.models.base import (
+    Network,
+    TextChunks,
+    require,
+    require_not_negative,
+    require_positive,
+)
 from hlbgpt.models.kv_cache import KVCache, causal_attention, earlier
 from hlbgpt.models.lm_head import TokenScores
-from hlbgpt.models.ngrams import Chunks, NgramMixture
+from hlbgpt.models.ngrams import NgramMixture
 from hlbgpt.models.pointer import Pointer
 from hlbgpt.models.subwords import NUM_FEATURES, SubwordEmbedding, subword_features
 
@@ -171,7 +177,7 @@ class FastGPT(Network):
     def init_from_token_counts(self, counts: Tensor) -> None:
         self.lm_head.init_from_token_counts(counts)
 
-    def init_from_text(self, chunks: Chunks) -> None:
+    def init_from_text(self, chunks: TextChunks) -> None:
         if self.ngrams is not None:
             self.ngrams.count(chunks)
 

@@ -16,13 +16,13 @@ shares its counts, which leaves all probabilities properly normalised.
 Shapes: B sequences, T tokens, D width, V vocabulary, R rows, O = `order` - 1 lengths of contexts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlbgpt.models.base import require
+from hlbgpt.models.base import TextChunks, require
 from hlbgpt.models.kv_cache import KVCache, earlier
 
 DISCOUNT = 0.75
@@ -31,9 +31,6 @@ _TOKEN_MASK = (1 << _TOKEN_BITS) - 1
 _HASH_BITS = 63 - _TOKEN_BITS
 _UNUSED = torch.iinfo(torch.int64).max  # the key of a row without an n-gram
 _MOST_SORTED = 1 << 27  # n-grams that are sorted at a time; more are counted in several passes
-
-# Reads the text: (n,) int64 chunks, each of which begins with so many of the last tokens before.
-Chunks = Callable[[int], Iterator[Tensor]]
 
 
 class NgramMixture(nn.Module):
@@ -74,7 +71,7 @@ class NgramMixture(nn.Module):
         self.gate_counts = nn.Parameter(torch.zeros(2 * (order - 1)))
         nn.init.zeros_(self.gate.weight)
 
-    def count(self, chunks: Chunks) -> None:
+    def count(self, chunks: TextChunks) -> None:
         """Count the training text, which has at least `order` tokens."""
         vocab_size = len(self.prior)
         singles = sum(torch.bincount(chunk, minlength=vocab_size) for chunk in chunks(0))
@@ -88,7 +85,7 @@ class NgramMixture(nn.Module):
             ]
             self._fill(number, *map(torch.cat, zip(*parts, strict=True)))
 
-    def _keys_of(self, chunks: Chunks, length: int, part: int, passes: int) -> Tensor:
+    def _keys_of(self, chunks: TextChunks, length: int, part: int, passes: int) -> Tensor:
         """Keys of all n-grams with contexts of a length whose hashes are in a part of the range."""
         found = []
         for chunk in chunks(length):
