@@ -107,7 +107,7 @@ class TrainLoader(StepLoader):
         if (kept := self._device_tokens) is not None:
             counts = torch.zeros(vocab_size, dtype=torch.int64, device=kept.device)
             for first in range(start, stop, _COPIED):
-                part = kept[first : min(stop, first + _COPIED)].to(torch.int32) & self._mask
+                part = self._kept(slice(first, min(stop, first + _COPIED)))
                 counts += torch.bincount(part, minlength=vocab_size)
             return counts
         on_host = np.zeros(vocab_size, dtype=np.int64)
@@ -120,7 +120,7 @@ class TrainLoader(StepLoader):
         for start in range(0, len(self._tokens), _COPIED):
             part = slice(max(0, start - overlap), start + _COPIED)
             if self._device_tokens is not None:
-                yield self._device_tokens[part].to(torch.int64) & self._mask
+                yield self._kept(part)
             else:
                 yield torch.from_numpy(self._tokens[part].astype(np.int64))
 
@@ -135,7 +135,12 @@ class TrainLoader(StepLoader):
         device = self._device_tokens.device
         start = torch.from_numpy(offsets).to(device, non_blocking=True)
         places = start[..., None] + torch.arange(self.sequence_length + 1, device=device)
-        return self._device_tokens[places].to(torch.int64) & self._mask
+        return self._kept(places)
+
+    def _kept(self, index: slice | Tensor) -> Tensor:
+        """Tokens that are kept on the device, int64."""
+        assert self._device_tokens is not None
+        return self._device_tokens[index].to(torch.int64) & self._mask
 
     def _next_offsets(self) -> np.ndarray:
         """Where this rank's windows of the next step start in the tokens: (M, B) int64."""

@@ -160,7 +160,7 @@ class NgramScores:
             # Not negative either where a target that was not counted is left out.
             rest = torch.where(known, (1 - kept / total).clamp(min=0), 1.0)
             probs = torch.where(known, _discounted(count) / total, 0.0) + rest * probs
-            states += [torch.where(known, total.log() / 10, 0.0), rest]
+            states += _state(known, total, rest)
         log_share, log_rest = self._log_shares(states)
         return -torch.logaddexp(log_rest - losses, log_share + probs.log())
 
@@ -187,7 +187,7 @@ class NgramScores:
             share = _discounted(model.counts[number, rows]) * (rest / total)[index]
             found.append((index, keys[rows] & _TOKEN_MASK, share))
             lower = torch.where(size > 0, 1 - kept / total, 1.0)
-            states = [torch.where(size > 0, total.log() / 10, 0.0), lower, *states]
+            states = [*_state(size > 0, total, lower), *states]
             rest = rest * lower
         log_share, log_rest = self._log_shares([state.view(shape) for state in states])
         index, tokens, shares = map(torch.cat, zip(*found, strict=True))
@@ -217,6 +217,11 @@ def _hash(tokens: Sequence[Tensor]) -> Tensor:
         value = (value + token) * 0x1E3779B97F4A7C15
         value = value ^ (value >> 29)
     return (value * 0x3F58476D1CE4E5B9) >> (64 - _HASH_BITS) & ((1 << _HASH_BITS) - 1)
+
+
+def _state(known: Tensor, total: Tensor, rest: Tensor) -> list[Tensor]:
+    """What the gate reads of a context: how often it occurs, and what is left for shorter ones."""
+    return [torch.where(known, total.log() / 10, 0.0), rest]
 
 
 def _discounted(count: Tensor) -> Tensor:
