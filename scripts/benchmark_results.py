@@ -97,6 +97,8 @@ def summarize_variant(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
     complete = not notes and all(run.record["validation"]["complete"] for run in done)
     caveats = dict.fromkeys(caveat for run in done for caveat in run.record["caveats"])
     notes += [f"{caveat}, not a record" for caveat in caveats]
+    counted = {run.record["counted_tokens"] for run in done} - {0}
+    notes += [f"n-grams of {tokens:,} tokens mixed in: the open track" for tokens in counted]
     target_p = None
     if len(done) == len(runs) and complete:  # the runs that did not fail are a biased sample
         alternative = "less" if done[0].record["mode"] == "min" else "greater"

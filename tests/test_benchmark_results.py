@@ -156,6 +156,12 @@ def test_other_caveats_are_told_too() -> None:
     assert markdown(results).count("- a: trained on 2 texts, one after the other, not a rec") == 1
 
 
+def test_the_open_track_is_named() -> None:
+    runs = [make_run("a", 0, 3.7), make_run("b", 0, 3.7, counted_tokens=71_873_078)]
+    notes = [each["notes"] for each in summarize(runs, "")["variants"]]
+    assert notes == [[], ["n-grams of 71,873,078 tokens mixed in: the open track"]]
+
+
 def test_odd_words_do_not_break_the_tables() -> None:
     shown = markdown(summarize([make_run("a|b", 0, 3.7), make_run("c", 0, 3.7)], ""))
     rows = [line for line in shown.splitlines() if line.startswith("|")]

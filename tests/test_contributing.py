@@ -119,8 +119,8 @@ def linked(cell: str) -> Path:
     return (GITHUB / cell[cell.index("](") + 2 : -1]).resolve()
 
 
-def problems(row: dict[str, str], results: dict[str, Any]) -> list[str]:
-    """What keeps a row from being a record, given its results.json."""
+def problems(row: dict[str, str], results: dict[str, Any], track: str) -> list[str]:
+    """What keeps a row from being a record of a track, given its results.json."""
     config = linked(row["config"])
     runs = [run for run in results["runs"] if run["variant"] == f"{config.stem}, as is"]
     (found,) = [each for each in results["variants"] if each["variant"] == f"{config.stem}, as is"]
@@ -132,6 +132,9 @@ def problems(row: dict[str, str], results: dict[str, Any]) -> list[str]:
         "fewer than 10 runs": len(runs) >= 10,
         "the seeds are not 0 to n - 1": sorted(run["seed"] for run in runs) == [*range(len(runs))],
         "a run failed": not any(run["error"] for run in runs),
+        "n-grams were counted": track == "Open" or not any(map(counted, records)),
+        "the change does not say how many tokens were counted": track == "Network"
+        or {f"{counted(record):,}" in row["change"] for record in records} == {True},
         "a run is no record": not any(record["caveats"] for record in records),
         "the validation texts differ": len(fingerprints) == 1,
         "p is not below 0.01": found["target_p"] is not None and found["target_p"] < 0.01,
@@ -148,10 +151,17 @@ def problems(row: dict[str, str], results: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("track", ["Network", "Open"])
 def test_records_are_what_their_results_say(track: str) -> None:
     for row in rows(track):
-        assert problems(row, json.loads(linked(row["results"]).read_text())) == []
+        results = json.loads(linked(row["results"]).read_text())
+        assert problems(row, results, track) == []
 
 
-def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
+def counted(record: dict[str, Any]) -> int:
+    return int(record["counted_tokens"])
+
+
+def example(
+    count: int = 10, mean: float = 3.79, track: str = "Network", **changes: Any
+) -> list[str]:
     """The problems of a record that was made up."""
     record = {
         "monitor": "val_loss",
@@ -162,6 +172,7 @@ def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
         "caveats": changes.pop("caveats", []),
     }
     record |= {"git_revision": changes.pop("revision", "abc"), "tokens": 20_000_000}
+    record |= {"counted_tokens": changes.pop("counted", 0)}
     record |= {"train_seconds": 30.0, "compile_seconds": 60.0, "wall_seconds": 100.0}
     runs = []
     for seed in set(range(count)) - {changes.get("left_out")}:
@@ -173,9 +184,13 @@ def example(count: int = 10, mean: float = 3.79, **changes: Any) -> list[str]:
         runs.append(BenchmarkRun("speedrun, as is", seed, error=error, record=record | value))
     results = json.loads(json.dumps(summarize(runs, "benchmark.py ...")))
     cells = variant_row(results["variants"][0])
-    row = {"date": "2027-01-31", "config": "[speedrun](../configs/speedrun.yaml)"}
+    row = {
+        "date": "2027-01-31",
+        "change": "n-grams of 1,000 tokens",
+        "config": "[speedrun](../configs/speedrun.yaml)",
+    }
     row |= {"hardware": "GPU", **{name: cells[name] for name in COPIED}}
-    return problems(row | changes, results)
+    return problems(row | changes, results, track)
 
 
 def test_a_row_has_to_keep_the_rules() -> None:
@@ -186,6 +201,11 @@ def test_a_row_has_to_keep_the_rules() -> None:
     assert example(mean=3.7997) == ["p is not below 0.01"]
     assert example(caveats=["validated on 10% of the split"]) == ["a run is no record"]
     assert example(other_text=3) == ["the validation texts differ", "p is not below 0.01"]
+    assert example(counted=1000) == ["n-grams were counted"]
+    assert example(counted=1000, track="Open") == []
+    assert example(track="Open", change="more") == [
+        "the change does not say how many tokens were counted"
+    ]
     assert example(hardware="CPU") == ["the hardware is another"]
     assert example(revision="abc-dirty") == ["the revision is not one, or has changes"]
     assert example(date="today") == ["the date is not YYYY-MM-DD"]

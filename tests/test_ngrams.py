@@ -93,7 +93,7 @@ def test_several_passes_count_the_same(text, limit) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "_MOST_SORTED", limit)
         parts = counted(text, 4).state_dict()
-    for name in ("keys", "counts", "totals", "kept", "prior"):
+    for name in ("keys", "counts", "totals", "kept", "prior", "counted_tokens"):
         assert torch.equal(once[name], parts[name])
 
 
@@ -166,11 +166,13 @@ def test_a_run_resumes_validates_and_generates(hlbgpt: Callable[..., str], tiny:
         for number in (0, 1)
     )
     assert whole["net.ngrams.counts"].any()
+    assert whole["net.ngrams.counted_tokens"] > 1000
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
     record = json.loads(Path("runs/open/version_0/record.json").read_text())
     measured = hlbgpt("validate", *words, "--ckpt_path", checkpoint("open/version_0"))
     assert f"{record['value']:.4f}"[:5] in measured
+    assert record["counted_tokens"] == whole["net.ngrams.counted_tokens"]
     assert hlbgpt("predict", "--ckpt_path", checkpoint("open/version_0"), "--data.prompts", "The ")
 
 

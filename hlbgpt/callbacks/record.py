@@ -35,6 +35,7 @@ def make_record(
         "milestones": [c.figures() for c in callbacks_of(trainer) if isinstance(c, Milestone)],
         "step": trainer.global_step,
         "tokens": module.tokens_seen,
+        "counted_tokens": module.net.counted_tokens,
         **clocks,
         **module.throughput.means(clocks["train_seconds"]),
         "texts": {"train": module.train_texts},
@@ -92,7 +93,9 @@ def _figures(record: dict[str, Any]) -> dict[str, str]:
     rate = record["tokens"] / record["train_seconds"] if record["train_seconds"] else 0.0
     mfu = f", MFU {record['mfu']:.1%}" if record["mfu"] is not None else ""
     memory = record["peak_memory_bytes"]
+    counted = record["counted_tokens"]
     return {
+        **({"n-grams": f"of {counted:,} tokens (open track)"} if counted else {}),
         "training": f"{record['train_seconds']:.1f} s, of which {record['data_seconds']:.1f} s "
         "waiting for data",
         "compilation": f"{record['compile_seconds']:.1f} s",

@@ -32,6 +32,7 @@ class Network(nn.Module):
         vocab_loss_weight: Of a network with a pointer the weight () of a second training loss, that
             of the vocabulary's distribution by itself, which otherwise learns little of tokens that
             can be copied. It adds to the gradients, not to the loss that `forward` returns.
+        counted_tokens: Tokens of training text whose n-grams are mixed into the predictions.
     """
 
     vocab_size: int
@@ -45,6 +46,10 @@ class Network(nn.Module):
     @property
     def vocab_loss_weight(self) -> Tensor | None:
         return None
+
+    @property
+    def counted_tokens(self) -> int:
+        return 0
 
     def forward(
         self,

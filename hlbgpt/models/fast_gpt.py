@@ -167,6 +167,10 @@ class FastGPT(Network):
     def vocab_loss_weight(self) -> Tensor | None:
         return None if self.pointer is None else self.lm_head.vocab_loss_weight
 
+    @property
+    def counted_tokens(self) -> int:
+        return 0 if self.ngrams is None else int(self.ngrams.counted_tokens)
+
     def init_from_spelling(self, spelling: Sequence[bytes]) -> None:
         if self.subword_embedding is None:
             return

@@ -48,6 +48,7 @@ class NgramMixture(nn.Module):
     totals: Tensor
     kept: Tensor
     prior: Tensor
+    counted_tokens: Tensor
 
     def __init__(self, vocab_size: int, width: int, order: int, rows: int) -> None:
         super().__init__()
@@ -66,6 +67,7 @@ class NgramMixture(nn.Module):
         self.register_buffer("totals", torch.ones(shape, dtype=torch.int32))  # of a context
         self.register_buffer("kept", torch.zeros(shape))  # discounted counts of a context's rows
         self.register_buffer("prior", torch.full((vocab_size,), 1 / vocab_size))
+        self.register_buffer("counted_tokens", torch.tensor(0))
         self.gate = nn.Linear(width, 1, bias=False)
         self.gate_bias = nn.Parameter(torch.tensor([-2.0]))
         self.gate_counts = nn.Parameter(torch.zeros(2 * (order - 1)))
@@ -78,7 +80,8 @@ class NgramMixture(nn.Module):
         assert isinstance(singles, Tensor)
         known = singles.cpu().double() + 0.5  # for tokens that do not occur
         self.prior.copy_(known / known.sum())
-        passes = -(-int(singles.sum()) // _MOST_SORTED)
+        self.counted_tokens.copy_(singles.sum())
+        passes = -(-int(self.counted_tokens) // _MOST_SORTED)
         for number in range(self.order - 1):
             parts = [
                 _repeated(self._keys_of(chunks, number + 1, part, passes)) for part in range(passes)

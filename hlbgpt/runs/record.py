@@ -40,6 +40,7 @@ FIELDS: dict[str, Any] = {
     "texts": {"train": [LINE]},
     "step": COUNT,
     "tokens": COUNT,
+    "counted_tokens": COUNT,
     **{
         f"{name}_seconds": AMOUNT
         for name in ("train", "data", "validation", "checkpoint", "compile", "wall")
