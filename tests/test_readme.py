@@ -1,4 +1,4 @@
-"""Every command, file and link in the README.md files works; CI runs the two that set all up."""
+"""Every command, file and link in the documents works; CI runs the two that set all up."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FOLDERS = ("", "configs/", "hlbgpt/", "hlbgpt/*/", "scripts/", "tests/")
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for folder in FOLDERS
-    for path in sorted(ROOT.glob(f"{folder}README.md"))
+    for path in sorted(ROOT.glob(f"{folder}[RE]*.md"))  # README.md and EXPERIMENTS.md
 }
 README = DOCUMENTS["README.md"]
 HUB_NAME = "roneneldan/TinyStories"
