@@ -39,7 +39,9 @@ def baseline(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
 
 def hlb041(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
     return (
-        lambda groups: MuonAdamW(groups, {"embeddings": {"lr": 4 * lr}}, lr=lr),
+        lambda groups: MuonAdamW(
+            groups, {"block_matrices": {"method": "adamw"}, "embeddings": {"lr": 4 * lr}}, lr=lr
+        ),
         lambda optimizer: PowerLaw(optimizer, warmup_steps=4),
         [
             SequenceLengthDoubling(initial=8, every_n_steps=4),
@@ -51,7 +53,7 @@ def hlb041(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
 
 def speedrun(lr: float, growth: float) -> tuple[Any, Any, list[L.Callback]]:
     return (
-        lambda groups: MuonAdamW(groups, {"block_matrices": {"method": "muon"}}, lr=lr),
+        lambda groups: MuonAdamW(groups, lr=lr),
         None,
         [TokenSchedule(TABLE, micro_batch_tokens=64)],
     )

@@ -174,6 +174,14 @@ FIT = [
         "model.optimizer: groups.vectors: no setting 'a'",
     ),
     (
+        [
+            "--model.optimizer=hlbgpt.optim.MuonAdamW",
+            "--model.optimizer.groups={block_matrices: {lr: 0.02}}",
+            "--model.optimizer.lr=null",
+        ],
+        "model.optimizer: groups: no lr for embeddings, vectors; set lr for all groups or for each",
+    ),
+    (
         ["--model.optimizer=hlbgpt.optim.MuonAdamW", "--model.optimizer.betas=[0.9]"],
         "betas",
     ),

@@ -169,7 +169,7 @@ def test_shapes_that_depend_on_the_text_are_refused(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "make_optimizer",
     [
-        lambda groups: MuonAdamW(groups, {"block_matrices": {"method": "muon"}}, weight_decay=0.1),
+        lambda groups: MuonAdamW(groups, weight_decay=0.1),
         lambda groups: torch.optim.AdamW(groups, fused=True),
         lambda groups: torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1),
         lambda groups: torch.optim.Adagrad(groups, lr=0.1),  # has state before its first step

@@ -8,6 +8,9 @@ import yaml
 from conftest import CONFIGS, fitting
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hlbgpt.cli.main import build
+from hlbgpt.optim import MuonAdamW, parameter_groups
+
 SIZES = {"width", "num_heads", "num_blocks", "capacity", "loss_chunk_tokens", "fused_mlp"}
 NGRAMS = {"ngram_order", "ngram_rows"}
 
@@ -23,6 +26,19 @@ def test_network_and_optimizer_are_the_speedruns(name: str, other: set[str]) -> 
     assert ours["optimizer"] == theirs["optimizer"]
     ours, theirs = (model["net"]["init_args"].items() for model in (ours, theirs))
     assert {k: v for k, v in ours if k not in other} == {k: v for k, v in theirs if k not in other}
+
+
+def test_one_rate_can_be_changed() -> None:
+    words = ["--config", str(CONFIGS / "speedrun.yaml")]
+    whole, changed = (
+        dict(build([*words, *more], device="meta").config.model.optimizer.init_args)
+        for more in ([], ["--model.optimizer.groups.block_matrices.lr=0.5"])
+    )
+    groups = parameter_groups(build(words, device="meta").net)
+    before, after = (MuonAdamW(groups, **each).param_groups for each in (whole, changed))
+    assert before[0].pop("lr") == 0.02
+    assert after[0].pop("lr") == 0.5
+    assert before == after
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

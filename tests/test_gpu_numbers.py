@@ -267,7 +267,7 @@ def test_the_optimizer_is_that_of_the_cpu(
     def updates(device: torch.device) -> dict[str, Tensor]:
         net = random_network("speedrun").to(device)
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
-        muon = {"block_matrices": {"method": "muon", "lr": 0.02}}
+        muon = {"block_matrices": {"lr": 0.02}}
         optimizer = MuonAdamW(parameter_groups(net), muon, lr=0.01)
         torch.manual_seed(3)
         for _ in range(3):

@@ -144,7 +144,7 @@ def test_norms_by_group_are_those_of_gradient_and_update() -> None:
     net = nn.ModuleDict(
         {"blocks": nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 6)]), "out": nn.Embedding(5, 3)}
     )
-    groups = {"block_matrices": {"method": "muon", "lr": 0.1}}
+    groups = {"block_matrices": {"lr": 0.1}}
     optimizer = MuonAdamW(parameter_groups(net), groups, lr=0.01)
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def make_optimizer(net: nn.Module) -> MuonAdamW:
-    groups = {"block_matrices": {"method": "muon", "lr": LR, "weight_decay": 0.1}}
+    groups = {"block_matrices": {"lr": LR, "weight_decay": 0.1}}
     return MuonAdamW(parameter_groups(net), groups, lr=0.01)
 
 

@@ -12,7 +12,7 @@ from hlbgpt.optim import MuonAdamW, parameter_groups
 from hlbgpt.optim.muon import newton_schulz
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_sequence_length": 16, "width": 32, "num_blocks": 2}
-MUON = {"block_matrices": {"method": "muon", "lr": 0.02}}
+MUON = {"block_matrices": {"lr": 0.02}}
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,8 @@ def test_muon_equals_the_reference() -> None:
     net = nn.Module()
     shapes = {"a": (8, 8), "b": (16, 4), "c": (8, 8), "d": (4, 16), "e": (3, 8), "f": (16, 2)}
     net.blocks = nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
-    ours = MuonAdamW(
-        parameter_groups(net),
-        {"block_matrices": {"method": "muon", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}},
-    )
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+    ours = MuonAdamW(parameter_groups(net), {"block_matrices": settings})
     expected = {name: p.detach().double() for name, p in net.blocks.items()}
     momenta = {name: torch.zeros_like(p) for name, p in expected.items()}
     for _ in range(3):
@@ -119,7 +117,8 @@ def train(net: Network, optimizer: torch.optim.Optimizer, steps: range) -> None:
 def test_adamw_equals_torchs_fused_adamw() -> None:
     nets = [FastGPT(**SMALL, num_heads=2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    train(nets[0], MuonAdamW(parameter_groups(nets[0]), **SETTINGS), range(4))
+    adamw = {"block_matrices": {"method": "adamw"}}
+    train(nets[0], MuonAdamW(parameter_groups(nets[0]), adamw, **SETTINGS), range(4))
     fused = torch.optim.AdamW(parameter_groups(nets[1]), **SETTINGS, fused=True)
     train(nets[1], fused, range(4))
     for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
@@ -151,7 +150,8 @@ def test_state_is_saved_and_restored_to_the_last_bit() -> None:
     def made() -> tuple[FastGPT, MuonAdamW]:
         torch.manual_seed(0)
         net = FastGPT(**SMALL, num_heads=2)
-        return net, MuonAdamW(parameter_groups(net), {**MUON, "lm_head": {"betas": [0.6, 0.9]}})
+        settings = {**MUON, "lm_head": {"betas": [0.6, 0.9]}}
+        return net, MuonAdamW(parameter_groups(net), settings, lr=0.001)
 
     whole, first, second = made(), made(), made()
     train(*whole, range(6))
@@ -166,8 +166,17 @@ def test_state_is_saved_and_restored_to_the_last_bit() -> None:
 def test_a_parameter_without_gradient_is_left_alone() -> None:
     net = FastGPT(**SMALL, num_heads=2)
     before = [p.detach().clone() for p in net.parameters()]
-    MuonAdamW(parameter_groups(net), MUON).step()
+    MuonAdamW(parameter_groups(net), MUON, lr=0.001).step()
     assert all(torch.equal(b, p) for b, p in zip(before, net.parameters(), strict=True))
+
+
+def test_methods_and_rates_by_default() -> None:
+    groups = parameter_groups(FastGPT(**SMALL, num_heads=2))
+    for settings, rates in (({}, {1e-3}), (MUON, {0.02, 0.5})):
+        made = MuonAdamW(groups, settings, lr=0.5 if settings else None).param_groups
+        muon = [group["name"] for group in made if group["method"] == "muon"]
+        assert muon == ["block_matrices"]
+        assert {group["lr"] for group in made} == rates
 
 
 @pytest.mark.parametrize(
@@ -177,9 +186,10 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
         ({"lm_head": {"rate": 1}}, "groups.lm_head: no setting 'rate'"),
         ({"lm_head": {"method": "sgd"}}, "method 'sgd' is neither"),
         ({"vectors": {"method": "muon"}}, "groups.vectors: muon is for matrices"),
-        ({"lm_head": {"lr": -1}}, "groups.lm_head: lr -1 is not 0 or more"),
+        ({"lm_head": {"eps": -1}}, "groups.lm_head: eps -1 is not 0 or more"),
+        ({"lm_head": {"lr": 1}}, "groups: no lr for block_matrices, embeddings, vectors; set lr"),
         ({"lm_head": {"betas": [0.9, 1.0]}}, "groups.lm_head: betas"),
-        ({"block_matrices": {"method": "muon", "momentum": 1}}, "momentum 1 is not within"),
+        ({"block_matrices": {"momentum": 1}}, "momentum 1 is not within"),
     ],
 )
 def test_impossible_settings_are_named(groups: dict[str, Any], message: str) -> None:

@@ -124,7 +124,7 @@ def test_work_of_a_small_mlp_is_as_counted_by_hand() -> None:
 def work_of(net: type[Network], shape: Shape, autocast: torch.dtype | None, **init) -> Work:
     with torch.device("meta"):
         built = net(**SIZES, **init)
-    return measure(built, MuonAdamW, {shape: 1}, autocast)[1]
+    return measure(built, torch.optim.AdamW, {shape: 1}, autocast)[1]
 
 
 PARTS = {"cutoffs": [32], "capacity": [0.5], "bigram_buckets": 64, "value_embed_blocks": 1}
@@ -251,7 +251,7 @@ def test_activations_are_what_autograd_saves(autocast: torch.dtype | None) -> No
     with torch.device("meta"):
         net = GPT(**SIZES, num_heads=2)
     shapes = {Shape(16, 3, 1): 1, Shape(8, 2, 4): 5}
-    planned, _ = measure(net, MuonAdamW, shapes, autocast=autocast)
+    planned, _ = measure(net, torch.optim.AdamW, shapes, autocast=autocast)
     net, saved = GPT(**SIZES, num_heads=2), {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -278,7 +278,7 @@ def test_activation_checkpointing_keeps_inputs_of_blocks_and_one_block(
             net = FastGPT(**(SIZES | {"num_blocks": blocks}), num_heads=2)
         if checkpointed:
             checkpoint_blocks(net)
-        memory, work = measure(net, MuonAdamW, {Shape(16, 3, 1): 1}, autocast=autocast)
+        memory, work = measure(net, torch.optim.AdamW, {Shape(16, 3, 1): 1}, autocast=autocast)
         return memory["activations"], work.flops + work.fp32_flops
 
     (plain, flops), (plain_more, flops_more) = planned(2, False), planned(5, False)

@@ -36,7 +36,7 @@ model:
     init_args: {vocab_size: 256, max_sequence_length: 32, width: 64, num_heads: 2, num_blocks: 1}
   optimizer:
     class_path: hlbgpt.optim.MuonAdamW
-    init_args: {lr: 0.01, groups: {block_matrices: {method: muon, lr: 0.02}}}
+    init_args: {lr: 0.01, groups: {block_matrices: {lr: 0.02}}}
 """
 
 

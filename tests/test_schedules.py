@@ -49,7 +49,7 @@ class Watch(L.Callback):
 
 
 def muon(groups: Any) -> MuonAdamW:
-    return MuonAdamW(groups, {"block_matrices": {"method": "muon", "lr": 0.02}})
+    return MuonAdamW(groups, {"block_matrices": {"lr": 0.02}}, lr=0.001)
 
 
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:

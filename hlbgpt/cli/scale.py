@@ -138,9 +138,11 @@ def _num_heads(width: int, most: int) -> int:
 def _groups(optimizer: dict[str, Any], wider: float) -> dict[str, Any]:
     """Settings of parameter groups, with their rates."""
     groups = {name: dict(group) for name, group in optimizer["groups"].items()}
+    if optimizer["lr"] is None and not any("lr" in group for group in groups.values()):
+        raise InputError("scale.depth: no lr to scale; set model.optimizer.lr, or that of groups")
     for name in _RATES_BY_WIDTH:
-        group = groups.setdefault(name, {})
-        group["lr"] = _times(group.get("lr", optimizer["lr"]), wider**_RATE_POWER)
+        if (rate := groups.get(name, {}).get("lr", optimizer["lr"])) is not None:
+            groups.setdefault(name, {})["lr"] = _times(rate, wider**_RATE_POWER)
     return groups
 
 

@@ -94,6 +94,9 @@ def muon_update(
         torch._foreach_add_(chosen, steps, alpha=-lr * scale)
 
 
+_METHODS = {"block_matrices": {"method": "muon"}}  # of groups that do not use AdamW by default
+
+
 class MuonAdamW(Optimizer):
     """Updates each parameter group with Muon or with AdamW.
 
@@ -103,23 +106,25 @@ class MuonAdamW(Optimizer):
 
     Args:
         params: Groups as `parameter_groups` makes them.
-        groups: Settings of single groups by name: `method` (`muon` or `adamw`; `adamw` by default)
-            and any of the settings below.
-        lr: Learning rate.
+        groups: Settings of single groups by name: `method` (`muon` or `adamw`; by default `muon`
+            for `block_matrices`, and `adamw` for the others) and any of the settings below.
+        lr: Learning rate of the groups without one of their own. If none has one, 1e-3 is the
+            default.
         betas: AdamW's betas.
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay: a step multiplies weights by 1 - lr * weight_decay.
         momentum: Muon's Nesterov momentum.
 
     Raises:
-        ValueError: A group or setting is unknown, or a value is out of range.
+        ValueError: A group or setting is unknown, a value is out of range, or only some of the
+            groups have a learning rate.
     """
 
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
         groups: dict[str, dict[str, Any]] = {},  # noqa: B006 (never changed)
-        lr: float = 1e-3,
+        lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         weight_decay: float = 0.0,
@@ -127,7 +132,7 @@ class MuonAdamW(Optimizer):
     ) -> None:
         defaults = {
             "method": "adamw",
-            "lr": lr,
+            "lr": 1e-3 if lr is None else lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -139,7 +144,16 @@ class MuonAdamW(Optimizer):
         for name, settings in groups.items():
             if unknown := settings.keys() - defaults.keys():
                 raise ValueError(f"groups.{name}: no setting {min(unknown)!r}")
-        merged = [{**group, **groups.get(str(group.get("name")), {})} for group in params]
+        merged = []
+        for group in params:
+            name = str(group.get("name"))
+            merged.append({**_METHODS.get(name, {}), **group, **groups.get(name, {})})
+        without = [str(group.get("name")) for group in merged if "lr" not in group]
+        if lr is None and 0 < len(without) < len(merged):
+            raise ValueError(
+                f"groups: no lr for {', '.join(without)}; set lr for all groups or for each "
+                "(groups in a config file replace all of an earlier file's)"
+            )
         for group in merged:
             _check_settings(f"groups.{group.get('name', 'all')}", {**defaults, **group})
         super().__init__(merged, defaults)
