@@ -113,7 +113,7 @@ def test_quickstart_equals_ddp(fit: Fit, words: list[str], ranks: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "rel", "near"), [("32-true", 1e-5, 1e-3), ("bf16-mixed", 1e-4, 0.1)]
+    ("precision", "rel", "near"), [("32-true", 1e-5, 1e-3), ("bf16-mixed", 1e-4, 0.05)]
 )
 def test_speedrun_equals_ddp(fit: Fit, precision: str, rel: float, near: float) -> None:
     """With token counts, a pointer, clusters, value embeddings, and Muon."""

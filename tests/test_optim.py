@@ -186,12 +186,17 @@ def test_methods_and_rates_by_default() -> None:
         ({"lm_head": {"rate": 1}}, "groups.lm_head: no setting 'rate'"),
         ({"lm_head": {"method": "sgd"}}, "method 'sgd' is neither"),
         ({"vectors": {"method": "muon"}}, "groups.vectors: muon is for matrices"),
-        ({"lm_head": {"eps": -1}}, "groups.lm_head: eps -1 is not 0 or more"),
-        ({"lm_head": {"lr": 1}}, "groups: no lr for block_matrices, embeddings, vectors; set lr"),
+        ({"lm_head": {"lr": -1}}, "groups.lm_head: lr -1 is not 0 or more"),
         ({"lm_head": {"betas": [0.9, 1.0]}}, "groups.lm_head: betas"),
         ({"block_matrices": {"momentum": 1}}, "momentum 1 is not within"),
     ],
 )
 def test_impossible_settings_are_named(groups: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MuonAdamW(parameter_groups(FastGPT(**SMALL, num_heads=2)), groups)
+        MuonAdamW(parameter_groups(FastGPT(**SMALL, num_heads=2)), groups, lr=0.01)
+
+
+def test_rates_of_only_some_groups_are_refused() -> None:
+    groups = parameter_groups(FastGPT(**SMALL, num_heads=2))
+    with pytest.raises(ValueError, match="groups: no lr for block_matrices, embeddings, vectors"):
+        MuonAdamW(groups, {"lm_head": {"lr": 1}})
